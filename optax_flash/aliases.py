@@ -1,0 +1,291 @@
+"""The optimizers people ask for by name: optax's own, with an 8-bit state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flash.transforms.compress import Codecs, compress
+
+Mask = Any | Callable[[optax.Params], Any] | None
+Scalar = jax.typing.ArrayLike
+
+
+def adamw8(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    nesterov: bool = False,
+    codecs: Codecs = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with 8-bit moments: ``compress(optax.adamw(...))`` and nothing more.
+
+    .. math::
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+      u_t &= -\alpha_t \left(\frac{m_t / (1 - \beta_1^t)}
+             {\sqrt{v_t / (1 - \beta_2^t) + \bar\varepsilon} + \varepsilon}
+             + \lambda p_t\right)
+
+    in float32, with :math:`m` and :math:`v` stored in codes between two steps.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added outside of the square root.
+      eps_root: added inside of it.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate.
+      mask: tree of booleans, or a function of the params that gives one: which params
+        decay.
+      nesterov: use Nesterov momentum.
+      codecs: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a decay rate in half precision, where 0.999 is 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_flash
+      >>> f = lambda x: jnp.sum(x ** 2)
+      >>> params = jnp.ones((64, 64))
+      >>> tx = optax_flash.adamw8(learning_rate=0.1)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"Loss: {f(params):.0f}")
+      Loss: 3318
+      Loss: 2624
+      Loss: 2016
+      Loss: 1494
+      Loss: 1057
+
+    References:
+      Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+    """
+    return compress(
+        optax.adamw(
+            _number(learning_rate),
+            b1=_rate("b1", b1),
+            b2=_rate("b2", b2),
+            eps=_number(eps),
+            eps_root=_number(eps_root),
+            weight_decay=_number(weight_decay),
+            mask=mask,
+            nesterov=nesterov,
+        ),
+        codecs,
+    )
+
+
+def adam8(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    nesterov: bool = False,
+    codecs: Codecs = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with 8-bit moments: ``compress(optax.adam(...))``.
+
+    :func:`adamw8` without weight decay; arguments, returns and errors as there.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.adam8().init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].mu.dtype
+      dtype('uint8')
+
+    References:
+      Kingma and Ba, "Adam", arXiv 1412.6980.
+    """
+    return compress(
+        optax.adam(
+            _number(learning_rate),
+            b1=_rate("b1", b1),
+            b2=_rate("b2", b2),
+            eps=_number(eps),
+            eps_root=_number(eps_root),
+            nesterov=nesterov,
+        ),
+        codecs,
+    )
+
+
+def lion8(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    *,
+    weight_decay: Scalar = 1e-3,
+    mask: Mask = None,
+    codecs: Codecs = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lion with an 8-bit momentum: ``compress(optax.lion(...))``.
+
+    .. math::
+      u_t &= -\alpha_t \left(\mathrm{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t)
+             + \lambda p_t\right) \\
+      m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule; a third to a tenth of
+        Adam's.
+      b1: decay rate of the momentum that the sign is taken of.
+      b2: decay rate of the momentum that is stored.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate.
+      mask: which params decay, as in :func:`adamw8`.
+      codecs: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a decay rate in half precision.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.lion8(1e-4).init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].mu.dtype
+      dtype('uint8')
+
+    References:
+      Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
+    """
+    return compress(
+        optax.lion(
+            _number(learning_rate),
+            b1=_rate("b1", b1),
+            b2=_rate("b2", b2),
+            weight_decay=_number(weight_decay),
+            mask=mask,
+        ),
+        codecs,
+    )
+
+
+def sgd8(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    *,
+    codecs: Codecs = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with an 8-bit momentum: ``compress(optax.sgd(...))``.
+
+    .. math:: t_t = g_t + \mu t_{t-1}, \qquad u_t = -\alpha_t t_t
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule.
+      momentum: :math:`\mu`; with None, as in optax, there is no state to store.
+      nesterov: use Nesterov momentum.
+      codecs: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a momentum in half precision.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.sgd8(0.1, momentum=0.9).init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].trace.dtype
+      dtype('uint8')
+
+    References:
+      Sutskever et al., "On the importance of initialization and momentum in deep
+      learning", 2013.
+    """
+    if momentum is not None:
+        momentum = _rate("momentum", momentum)
+    return compress(
+        optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov), codecs
+    )
+
+
+def scale_by_adam8(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    nesterov: bool = False,
+    codecs: Codecs = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``compress(optax.scale_by_adam(...))``; see :func:`adamw8`.
+
+    Example:
+      >>> import optax, optax_flash
+      >>> tx = optax.chain(optax_flash.scale_by_adam8(), optax.scale(-1e-3))
+    """
+    return compress(
+        optax.scale_by_adam(
+            b1=_rate("b1", b1),
+            b2=_rate("b2", b2),
+            eps=_number(eps),
+            eps_root=_number(eps_root),
+            nesterov=nesterov,
+        ),
+        codecs,
+    )
+
+
+def scale_by_lion8(
+    b1: Scalar = 0.9, b2: Scalar = 0.99, *, codecs: Codecs = None
+) -> optax.GradientTransformationExtraArgs:
+    """``compress(optax.scale_by_lion(...))``; see :func:`lion8`.
+
+    Example:
+      >>> import optax, optax_flash
+      >>> tx = optax.chain(optax_flash.scale_by_lion8(), optax.scale(-1e-4))
+    """
+    return compress(optax.scale_by_lion(b1=_rate("b1", b1), b2=_rate("b2", b2)), codecs)
+
+
+def trace8(
+    decay: Scalar, nesterov: bool = False, *, codecs: Codecs = None
+) -> optax.GradientTransformationExtraArgs:
+    """``compress(optax.trace(...))``: momentum; see :func:`sgd8`.
+
+    Example:
+      >>> import optax, optax_flash
+      >>> tx = optax.chain(optax_flash.trace8(0.9), optax.scale(-0.1))
+    """
+    return compress(optax.trace(_rate("decay", decay), nesterov=nesterov), codecs)
+
+
+def _number(x: Any) -> Any:
+    """A hyperparameter in float32, where it came as a half-precision array."""
+    return x.astype(jnp.float32) if _is_half(x) else x
+
+
+def _rate(name: str, x: Any) -> Any:
+    """A decay rate, which half precision would have spoiled already."""
+    if _is_half(x):
+        raise ValueError(
+            f"{name} arrived in {x.dtype}, where 0.999 is {x.dtype.type(0.999)}. "
+            "optax.inject_hyperparams casts hyperparameters to the dtype of the "
+            "params: pass hyperparam_dtype=jnp.float32 to it."
+        )
+    return x
+
+
+def _is_half(x: Any) -> bool:
+    return (
+        hasattr(x, "dtype")
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and x.dtype.itemsize < 4
+    )

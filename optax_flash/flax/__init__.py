@@ -1,0 +1,5 @@
+"""Train states for Flax: half-precision params under split master weights."""
+
+from optax_flash.flax.linen import TrainState as TrainState
+from optax_flash.flax.nnx import Optimizer as Optimizer
+from optax_flash.flax.precision import is_norm as is_norm

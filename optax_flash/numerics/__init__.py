@@ -1,0 +1,1 @@
+"""Storage formats: pure functions between arrays and their codes."""

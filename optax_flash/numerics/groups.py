@@ -1,0 +1,35 @@
+"""Groups of neighbours along the last axis, which share a scale.
+
+A group never crosses a row, so a leaf's PartitionSpec fits its scales too, as long as
+a shard of the last axis holds whole groups.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def num_groups(n: int, group: int) -> int:
+    """``ceil(n / group)``: how many groups a row of ``n`` elements has."""
+    return -(-n // group)
+
+
+def split(x: jax.Array, group: int) -> jax.Array:
+    """``(..., n)`` to ``(..., ceil(n / group), group)``; the last group is zero padded.
+
+    A 0-d array counts as one row of one element.
+    """
+    if x.ndim == 0:
+        x = x[None]
+    n = x.shape[-1]
+    padding = -n % group
+    if padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    return x.reshape(*x.shape[:-1], num_groups(n, group), group)
+
+
+def merge(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``(..., groups, group)`` to ``shape``; the inverse of :func:`split`."""
+    if not shape:
+        return x[0, 0]
+    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    return x if x.shape[-1] == shape[-1] else x[..., : shape[-1]]

@@ -1,0 +1,357 @@
+r"""Splitting a float32 weight into a 16-bit param and an 8- or 16-bit residual.
+
+The bits of a float, read as an integer, count the floats in order. Let :math:`E(w)`
+be that count for float32 (for a float16 param: for the format with float16's exponent
+and 23 bits of mantissa). A param is the count divided by :math:`2^m`, rounded half up,
+with ``m`` the mantissa bits that it lacks (16 for bfloat16, 13 for float16), and the
+residual is what is left, in units of half a step of the param over 128 (8 bits) or in
+single counts (16 bits):
+
+.. math:: E(w) = 2^m E(p) + r
+
+All of it is integer arithmetic: exact for every float, subnormals and powers of two
+included, and untouched by a compiler's freedom to keep excess precision.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from optax_flash.numerics import hashing
+
+SPLIT_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
+"""The dtypes that take a residual."""
+
+_MISSING_BITS = {SPLIT_DTYPES[0]: 16, SPLIT_DTYPES[1]: 13}
+
+
+def is_split(x: jax.typing.ArrayLike) -> bool:
+    """Whether a param of this dtype has a residual: bfloat16 and float16 have."""
+    return jnp.result_type(x) in SPLIT_DTYPES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResidualCodec(abc.ABC):
+    """How the difference between a float32 weight and its 16-bit param is stored.
+
+    Attributes:
+      bits: 24 (an 8-bit residual) or 32 (a 16-bit one): what param and residual
+        occupy together.
+    """
+
+    bits: int = 24
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.bits not in (24, 32):
+            raise ValueError(
+                f"{type(self).__name__}: bits must be 24 (8-bit residual) or 32 "
+                f"(16-bit residual), got {self.bits!r}."
+            )
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """The residual's dtype. Each codec has its own, so an array tells which."""
+
+    @abc.abstractmethod
+    def split(
+        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """``(param, residual)`` of a float32 weight; both of its shape.
+
+        Args:
+          weight: float32, any shape.
+          dtype: the param's dtype, bfloat16 or float16.
+          seed: scalar uint32 that decides the stochastic rounding; None rounds to
+            nearest.
+        """
+
+    @abc.abstractmethod
+    def residual(
+        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+    ) -> jax.Array:
+        """The residual of a float32 weight against a param that is already fixed.
+
+        Saturates where the param is further than half a step from the weight.
+        """
+
+    @abc.abstractmethod
+    def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        """The float32 weight that param and residual stand for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactResidual(ResidualCodec):
+    """The default: param and residual are pieces of the float's own bits.
+
+    With bfloat16 params and 32 bits every float32 is kept exactly, with 24 bits every
+    float32 whose low 8 bits are zero. Other weights are rounded stochastically to 24
+    bits, so a step far below one code still moves the weight in the mean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_flash import ExactResidual
+      >>> codec = ExactResidual(bits=32)
+      >>> param, residual = codec.split(jnp.float32([3.14159265]), jnp.bfloat16)
+      >>> param
+      Array([3.14062], dtype=bfloat16)
+      >>> codec.join(param, residual)
+      Array([3.1415927], dtype=float32)
+    """
+
+    name: ClassVar[str] = "exact"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.bits == 24 else np.uint16)
+
+    def split(
+        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        missing = _MISSING_BITS[np.dtype(dtype)]
+        negative, count = _to_count(weight, dtype)
+        count = self._round(count, missing, seed)
+        # Half way, the param goes towards +inf: the residual's range has one step more
+        # below zero than above.
+        half = np.int32(1 << (missing - 1)) - negative.astype(jnp.int32)
+        param = (count + half) >> missing
+        residual = (count - (param << missing)) >> self._dropped(missing)
+        residual = jnp.where(negative, -residual, residual)
+        return _param_from_count(negative, param, dtype), self._store(residual)
+
+    def residual(
+        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+    ) -> jax.Array:
+        missing = _MISSING_BITS[param.dtype]
+        dropped = self._dropped(missing)
+        negative, count = _to_count(weight, param.dtype)
+        count = self._round(count, missing, seed) >> dropped
+        count = jnp.where(negative, -count, count)
+        param_negative, param_count = _param_to_count(param)
+        param_count = param_count << (missing - dropped)
+        param_count = jnp.where(param_negative, -param_count, param_count)
+        return self._store(count - param_count)
+
+    def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        missing = _MISSING_BITS[param.dtype]
+        negative, count = _param_to_count(param)
+        signed = lax.bitcast_convert_type(
+            residual, jnp.int8 if self.bits == 24 else jnp.int16
+        )
+        r = signed.astype(jnp.int32) << self._dropped(missing)
+        count = (count << missing) + jnp.where(negative, -r, r)
+        # Past zero, which only a saturated residual can reach, the sign turns.
+        negative = negative ^ (count < 0)
+        return _from_count(negative, jnp.abs(count), param.dtype)
+
+    def _dropped(self, missing: int) -> int:
+        """How many of the missing mantissa bits the residual has no room for."""
+        return max(0, missing - (8 if self.bits == 24 else 16))
+
+    def _round(
+        self, count: jax.Array, missing: int, seed: jax.Array | None
+    ) -> jax.Array:
+        dropped = self._dropped(missing)
+        if not dropped:
+            return count
+        if seed is None:
+            noise = np.int32(1 << (dropped - 1))
+        else:
+            random = hashing.bits(seed, count.shape) >> np.uint32(32 - dropped)
+            noise = random.astype(jnp.int32)
+        return ((count + noise) >> dropped) << dropped
+
+    def _store(self, residual: jax.Array) -> jax.Array:
+        signed = jnp.int8 if self.bits == 24 else jnp.int16
+        info = jnp.iinfo(signed)
+        clipped = jnp.clip(residual, info.min, info.max).astype(signed)
+        return lax.bitcast_convert_type(clipped, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashOptimResidual(ResidualCodec):
+    r"""The published FlashOptim residual, bit for bit.
+
+    .. math:: r = \mathrm{round}\left(N \frac{w - p}{\mathrm{ulp}(p) / 2}\right)
+
+    with :math:`N` = 127 (24 bits) or 32767 (32 bits), ties away from zero. It is
+    deterministic: a step below half a code does not move the weight, ever.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_flash import FlashOptimResidual
+      >>> codec = FlashOptimResidual()
+      >>> param, residual = codec.split(jnp.float32([3.14159265]), jnp.bfloat16)
+      >>> residual
+      Array([16], dtype=int8)
+
+    References:
+      FlashOptim, arXiv 2602.23349, section 3.1.
+    """
+
+    name: ClassVar[str] = "flashoptim"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.int8 if self.bits == 24 else np.int16)
+
+    @property
+    def _levels(self) -> np.float32:
+        return np.float32(127 if self.bits == 24 else 32767)
+
+    def split(
+        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        param = round_to(weight, dtype)
+        return param, self.residual(weight, param, seed)
+
+    def residual(
+        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+    ) -> jax.Array:
+        del seed  # The published rounding is deterministic.
+        # 1 / half_ulp(param) in two factors: one alone would leave float32's range.
+        log2 = -_log2_half_ulp(param)
+        half = log2 >> 1
+        distance = weight - param.astype(jnp.float32)
+        scaled = distance * _exp2(half) * _exp2(log2 - half)
+        scaled = jnp.clip(scaled, -1.0, 1.0) * self._levels
+        # Add a half and truncate, in that order: what rounding half away means here.
+        away = jnp.floor(jnp.abs(scaled) + 0.5)
+        return jnp.where(scaled < 0, -away, away).astype(self.dtype)
+
+    def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        log2 = _log2_half_ulp(param)
+        half = log2 >> 1
+        fraction = residual.astype(jnp.float32) / self._levels
+        distance = fraction * _exp2(half) * _exp2(log2 - half)
+        return param.astype(jnp.float32) + distance
+
+
+RESIDUAL_CODECS: Mapping[str, type[ResidualCodec]] = MappingProxyType(
+    {codec.name: codec for codec in (ExactResidual, FlashOptimResidual)}
+)
+"""Every residual codec by its name."""
+
+
+def get_residual_codec(codec: str | ResidualCodec, bits: int) -> ResidualCodec:
+    """The residual codec of a name; a codec of the same bits passes through.
+
+    Raises:
+      ValueError: an unknown name, or bits other than 24 and 32.
+    """
+    if isinstance(codec, ResidualCodec):
+        return dataclasses.replace(codec, bits=bits)
+    if codec in RESIDUAL_CODECS:
+        return RESIDUAL_CODECS[codec](bits=bits)
+    raise ValueError(
+        f"Unknown residual codec {codec!r}. Known names: {', '.join(RESIDUAL_CODECS)}."
+    )
+
+
+def codec_of(residual: jax.Array) -> ResidualCodec:
+    """The codec that made a residual, which its dtype tells."""
+    for codec in RESIDUAL_CODECS.values():
+        for bits in (24, 32):
+            if codec(bits=bits).dtype == residual.dtype:
+                return codec(bits=bits)
+    raise ValueError(
+        f"No residual codec stores {residual.dtype}. Pass the state of master_weights "
+        "as it came from init or update."
+    )
+
+
+def round_to(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """``weight.astype(dtype)`` to nearest even, in integers.
+
+    XLA may keep excess precision across a pair of casts, so that a value cast to
+    bfloat16 and back is not rounded at all. This is rounded always.
+    """
+    missing = _MISSING_BITS[np.dtype(dtype)]
+    negative, count = _to_count(weight, dtype)
+    odd = (count >> missing) & 1
+    count = (count + np.int32((1 << (missing - 1)) - 1) + odd) >> missing
+    return _param_from_count(negative, count, dtype)
+
+
+# A float16 is read as its own 15 bits and 13 more of mantissa. Its exponent bias is 112
+# less than float32's, and below 2**-14 its values are evenly spaced.
+_FP16_REBIAS = np.int32(112 << 23)
+_FP16_SMALLEST_NORMAL = np.float32(2**-14)
+_FP16_INF = np.int32(31 << 23)
+_FP32_INF = np.int32(255 << 23)
+_FP32_NAN = np.int32(0x7FC00000)
+
+
+def _to_count(weight: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Sign and count of a float32, read with the exponent range of ``dtype``."""
+    bits = lax.bitcast_convert_type(weight, jnp.int32)
+    negative = bits < 0
+    magnitude = bits & np.int32(0x7FFFFFFF)
+    if np.dtype(dtype) == np.float16:
+        exact = jnp.minimum(jnp.abs(weight), _FP16_SMALLEST_NORMAL) * np.float32(2**37)
+        fixed = exact.astype(jnp.int32)
+        # What is cut off sets the last bit, so that a later rounding sees no false tie.
+        fixed = fixed | (fixed.astype(jnp.float32) < exact).astype(jnp.int32)
+        count = jnp.where(
+            jnp.abs(weight) < _FP16_SMALLEST_NORMAL,
+            fixed,
+            jnp.minimum(magnitude - _FP16_REBIAS, _FP16_INF),
+        )
+        nan = _FP16_INF | np.int32(1 << 22)
+    else:
+        count = magnitude
+        nan = _FP32_NAN
+    # One quiet NaN for all, or rounding up could carry a payload into the sign.
+    return negative, jnp.where(magnitude > _FP32_INF, nan, count)
+
+
+def _from_count(negative: jax.Array, count: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The inverse of :func:`_to_count`."""
+    if np.dtype(dtype) == np.float16:
+        fixed = count.astype(jnp.float32) * np.float32(2**-37)
+        normal = jnp.where(
+            count >= _FP16_INF, (count - _FP16_INF) | _FP32_INF, count + _FP16_REBIAS
+        )
+        subnormal = count < np.int32(1 << 23)
+        magnitude = jnp.where(
+            subnormal, lax.bitcast_convert_type(fixed, jnp.int32), normal
+        )
+    else:
+        magnitude = count
+    sign = jnp.where(negative, np.int32(-(2**31)), np.int32(0))
+    return lax.bitcast_convert_type(magnitude | sign, jnp.float32)
+
+
+def _param_to_count(param: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bits = lax.bitcast_convert_type(param, jnp.int16).astype(jnp.int32)
+    return bits < 0, bits & np.int32(0x7FFF)
+
+
+def _param_from_count(
+    negative: jax.Array, count: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    sign = jnp.where(negative, np.int32(0x8000), np.int32(0))
+    return lax.bitcast_convert_type((count | sign).astype(jnp.uint16), np.dtype(dtype))
+
+
+def _log2_half_ulp(param: jax.Array) -> jax.Array:
+    """``log2(ulp(param)) - 1`` as int32; subnormals share the smallest normal's."""
+    mantissa, bias = (7, 127) if param.dtype == jnp.bfloat16 else (10, 15)
+    _, count = _param_to_count(param)
+    exponent = jnp.maximum(count >> mantissa, 1) - bias
+    return exponent - mantissa - 1
+
+
+def _exp2(exponent: jax.Array) -> jax.Array:
+    """``2.0 ** exponent`` exactly, for exponents of normal floats."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

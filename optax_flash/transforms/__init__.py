@@ -1,0 +1,1 @@
+"""Gradient transformations that change how another one's state is stored."""

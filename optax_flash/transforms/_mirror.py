@@ -1,0 +1,146 @@
+"""Finding, inside any optimizer state, the trees that mirror the params."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax import MaskedNode
+
+PyTree = Any
+Key = Any
+
+
+class Mirror(NamedTuple):
+    """A subtree of an optimizer state with one entry for each param.
+
+    Attributes:
+      name: the field that holds it, such as ``"mu"``; a dict key or an index where
+        the state is no NamedTuple.
+      owner: the class name of the node that holds the field.
+      tree: the subtree.
+    """
+
+    name: str
+    owner: str
+    tree: PyTree
+
+
+def split_state(
+    state: PyTree, params: PyTree
+) -> tuple[list[Mirror | Any], Callable[[list[Any]], PyTree]]:
+    """Cuts a state into subtrees that mirror ``params`` and all its other leaves.
+
+    A subtree mirrors the params when it has their structure with an array, or nothing
+    (as under ``optax.masked``), in place of every param. Shapes do not matter.
+
+    Returns:
+      ``(parts, join)``: ``parts`` holds a :class:`Mirror` for every mirroring subtree
+      and other leaves as they are, in the state's order; ``join(parts)`` takes a
+      subtree or leaf in the place of each and rebuilds the state.
+    """
+    structure = jax.tree.structure(params)
+
+    def mirrors(node: PyTree) -> bool:
+        return _entries(structure, node) is not None
+
+    entries, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=mirrors)
+    parts = [
+        Mirror(_name(path), _owner(state, path), node) if mirrors(node) else node
+        for path, node in entries
+    ]
+    return parts, treedef.unflatten
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The path of every leaf, such as ``"decoder/layer_0/kernel"``."""
+    return [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def path_str(path: tuple[Key, ...]) -> str:
+    """A pytree path with slashes; an array that is a tree by itself is ``"params"``."""
+    # The array inside an nnx.Variable goes by the Variable's name.
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
+def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
+    """Raises a ValueError that names the first leaf in which the trees differ.
+
+    Args:
+      tree: what should have an array, or nothing, in place of each param.
+      params: params, gradients or updates.
+      what: begins the message, as in ``"compress: the gradients"``.
+    """
+    if _entries(jax.tree.structure(params), tree) is not None:
+        return
+    found, expected = leaf_paths(params), leaf_paths(tree)
+    missing = [path for path in expected if path not in set(found)]
+    extra = [path for path in found if path not in set(expected)]
+    if missing:
+        difference = f"{missing[0]!r} is missing"
+    elif extra:
+        difference = f"{extra[0]!r} is not in the state"
+    else:
+        difference = (
+            f"the containers differ, {jax.tree.structure(params)} against "
+            f"{jax.tree.structure(tree)}"
+        )
+    raise ValueError(
+        f"{what}: {difference}. The tree must have the structure of the params that "
+        "init saw; call init again after changing the model."
+    )
+
+
+def check_floating(params: PyTree, what: str) -> None:
+    """Raises a ValueError that names the first leaf which is not real floating."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what}: param {path_str(path)!r} has dtype {dtype}; only real "
+                "floating params can be stored in codes. Keep it out with "
+                "optax.masked or optax.partition"
+                + (
+                    ", or split it with optax.contrib.split_real_and_imaginary."
+                    if jnp.issubdtype(dtype, jnp.complexfloating)
+                    else "."
+                )
+            )
+
+
+def _entries(structure: jax.tree_util.PyTreeDef, tree: PyTree) -> list[Any] | None:
+    """What a tree has in the place of each param; None if it does not mirror them."""
+    try:
+        entries = structure.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError):
+        return None
+    mirrors = all(_is_array(x) or _is_absent(x) for x in entries)
+    return entries if mirrors else None
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or isinstance(x, MaskedNode)
+
+
+def _name(path: tuple[Key, ...]) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True) if path else "state"
+
+
+def _owner(state: PyTree, path: tuple[Key, ...]) -> str:
+    node = state
+    for key in path[:-1]:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        else:
+            return ""
+    return type(node).__name__

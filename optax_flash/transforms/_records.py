@@ -1,0 +1,77 @@
+"""What transformations note about their storage while they are being described.
+
+Codecs are configuration of a transformation, not part of its state. ``collect`` makes
+every ``init`` that runs inside it, however deeply wrapped, say how it stores each leaf;
+``uncompressed`` makes it return the state that optax alone would have.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Record(NamedTuple):
+    """How one leaf of an optimizer state, or one param's residual, is stored.
+
+    Attributes:
+      path: of the param, such as ``"decoder/kernel"``.
+      field: of the state, such as ``"mu"``, or ``"residual"``.
+      codec: ``repr`` of the codec.
+      code_bytes: bytes of its codes.
+      scale_bytes: bytes of its scales.
+    """
+
+    path: str
+    field: str
+    codec: str
+    code_bytes: int
+    scale_bytes: int
+
+
+_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
+    "optax_flash_records", default=None
+)
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[Record]]:
+    """Gives the list into which inits put their records while the context is open."""
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def active() -> bool:
+    """Whether somebody collects."""
+    return _records.get() is not None
+
+
+def add(record: Record) -> None:
+    """Puts a record where somebody collects."""
+    records = _records.get()
+    if records is not None:
+        records.append(record)
+
+
+_uncompressed: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "optax_flash_uncompressed", default=False
+)
+
+
+@contextlib.contextmanager
+def uncompressed() -> Iterator[None]:
+    """Makes inits return the wrapped transformation's own float32 state."""
+    token = _uncompressed.set(True)
+    try:
+        yield
+    finally:
+        _uncompressed.reset(token)
+
+
+def is_uncompressed() -> bool:
+    """Whether the wrapped transformation's own state is asked for."""
+    return _uncompressed.get()

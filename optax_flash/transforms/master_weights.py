@@ -1,0 +1,445 @@
+"""``master_weights``: 16-bit params that act as 24- or 32-bit weights."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_flash.numerics import hashing, weights
+from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms.finished import FinishedParam
+
+PyTree = Any
+
+
+class MasterWeightsState(NamedTuple):
+    """State of :func:`master_weights`.
+
+    Attributes:
+      step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
+      residual: mirrors the params. # shape of the param, uint8 (24 bits) or uint16 (32)
+        for bfloat16 and float16 params; ``(*rows, 1)`` zeros for others
+      inner_state: the wrapped transformation's state.
+      digest: one number for each param, by which :func:`changed_params` knows them.
+        # shape=(params,), dtype=uint32; None unless asked for
+    """
+
+    step: jax.typing.ArrayLike
+    residual: PyTree
+    inner_state: optax.OptState
+    digest: jax.Array | None
+
+
+def master_weights(
+    inner: optax.GradientTransformation,
+    bits: int = 24,
+    *,
+    codec: str | weights.ResidualCodec = "exact",
+    finished: bool = False,
+    track_params: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps 16-bit params as if they were 24- or 32-bit weights.
+
+    Beside every bfloat16 or float16 param ``p`` the state holds a residual ``r``.
+    Together they are a float32 weight ``w``, on which ``inner`` works:
+
+    .. math::
+      w = \mathrm{join}(p, r),\qquad
+      w' = w + \mathrm{inner}(g, w),\qquad
+      (p', r') = \mathrm{split}(w')
+
+    The 24-bit weight is rounded stochastically, so steps far below its resolution are
+    not lost. float32 params are updated as always.
+
+    This must be the outermost transformation: the residual belongs to the very param
+    that ``optax.apply_updates`` will produce. With additive updates in half precision
+    that param can miss ``w'`` (when it shrinks by more than half in one step); the
+    residual then makes up what it can, half a unit in the last place. Finished params
+    never miss.
+
+    If params are changed from outside between two steps, the new values count, plus
+    the old residual: an error of at most half a unit in the last place of the param.
+    Nothing else happens. :func:`set_master_params` sets both; ``track_params=True``
+    with :func:`changed_params` notices.
+
+    Args:
+      inner: the transformation. It gets gradients and weights in float32.
+      bits: 24 for an 8-bit residual, 32 for a 16-bit one, with which bfloat16 params
+        lose nothing of a float32 weight.
+      codec: ``"exact"`` or ``"flashoptim"``, the published format.
+      finished: emit :class:`FinishedParam` leaves instead of additive updates. Stock
+        ``optax.apply_updates`` takes them, and no rounding of an update comes between.
+        They cannot leave a jitted function or pass through ``lax.cond``.
+      track_params: keep a digest of the params for :func:`changed_params`. Costs a
+        reduction over the params each step, and a collective where they are sharded.
+
+    Returns:
+      A transformation with a :class:`MasterWeightsState`. Additive updates have the
+      gradients' dtype.
+
+    Raises:
+      ValueError: bits other than 24 and 32, an unknown codec, no params, a param that
+        is not floating, a tree or state that is not init's. The message names the leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"w": jnp.ones((2,), jnp.bfloat16)}
+      >>> tx = optax_flash.master_weights(optax.sgd(1e-3), bits=32)
+      >>> state = tx.init(params)
+      >>> grads = {"w": jnp.ones((2,), jnp.bfloat16)}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["w"]  # too small a step for bfloat16
+      Array([1, 1], dtype=bfloat16)
+      >>> optax_flash.master_params(params, state)["w"]
+      Array([0.999, 0.999], dtype=float32)
+
+    References:
+      Weight splitting: FlashOptim (arXiv 2602.23349). Pieces of the float's own bits:
+      "param remainders" of NVIDIA's TransformerEngine.
+    """
+    inner = optax.with_extra_args_support(inner)
+    codec = weights.get_residual_codec(codec, bits)
+
+    def init(params: optax.Params) -> MasterWeightsState:
+        _mirror.check_floating(params, "master_weights")
+        if _records.is_uncompressed():
+            return inner.init(jax.tree.map(_init.like_float32, params))
+        if _records.active():
+            _record(codec, params)
+        return init_arrays(params)
+
+    @_init.compiled
+    def init_arrays(params: optax.Params) -> MasterWeightsState:
+        return MasterWeightsState(
+            step=jnp.zeros([], jnp.int32),
+            residual=jax.tree.map(lambda p: _zero_residual(codec, p), params),
+            inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
+            digest=_digest(params) if track_params else None,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: MasterWeightsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MasterWeightsState]:
+        if params is None:
+            raise ValueError(
+                "master_weights: update needs the params, the residual is a part of "
+                "them. Call update(grads, state, params)."
+            )
+        _mirror.check_mirrors(updates, params, "master_weights: the params")
+        _check_state(codec, state, params)
+        inner_updates, inner_state = inner.update(
+            jax.tree.map(_init.like_float32, updates),
+            state.inner_state,
+            jax.tree.map(_join, params, state.residual),
+            **extra_args,
+        )
+        step = optax.safe_increment(state.step)
+        structure = jax.tree.structure(params)
+        stepped = [
+            _step_leaf(
+                codec, None if finished else g.dtype, p, r, u, step, hashing.salt(path)
+            )
+            for path, p, r, g, u in zip(
+                _mirror.leaf_paths(params),
+                structure.flatten_up_to(params),
+                structure.flatten_up_to(state.residual),
+                structure.flatten_up_to(updates),
+                structure.flatten_up_to(inner_updates),
+                strict=True,
+            )
+        ]
+        produced = [new for _, new, _ in stepped]
+        if finished:
+            names = _mirror.leaf_paths(params)
+            new_updates = [FinishedParam(*x) for x in zip(produced, names, strict=True)]
+        else:
+            new_updates = [u for u, _, _ in stepped]
+        return structure.unflatten(new_updates), MasterWeightsState(
+            step=step,
+            residual=structure.unflatten([r for _, _, r in stepped]),
+            inner_state=inner_state,
+            digest=_digest(structure.unflatten(produced)) if track_params else None,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def cast_params(
+    params: optax.Params, dtype: jax.typing.DTypeLike, keep_float32: Any = None
+) -> optax.Params:
+    """Rounds float32 params to half precision, as :func:`master_weights` does.
+
+    Args:
+      params: float32 weights.
+      dtype: bfloat16 or float16; float32 changes nothing.
+      keep_float32: ``(path, param) -> bool`` for params that stay as they are; None
+        for none. ``path`` is like ``"decoder/norm/scale"``.
+
+    Returns:
+      The params. ``set_master_params(state, params, weights)`` afterwards recovers the
+      rest of the weights' bits.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> optax_flash.cast_params({"w": jnp.float32([1.001])}, jnp.bfloat16)
+      {'w': Array([1], dtype=bfloat16)}
+    """
+    dtype = np.dtype(dtype)
+
+    def cast(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+        stays = dtype not in weights.SPLIT_DTYPES or p.dtype != jnp.float32
+        if stays or (keep_float32 and keep_float32(_mirror.path_str(path), p)):
+            return p
+        return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """The float32 weights that params and residuals stand for.
+
+    Args:
+      params: as they came from ``optax.apply_updates`` with the state's update.
+      state: a :class:`MasterWeightsState`, or any state that holds one.
+
+    Returns:
+      A tree like ``params``; float32 for half-precision params, others as they are.
+
+    Raises:
+      ValueError: the state holds no or several :class:`MasterWeightsState`, or the
+        params are not those that it belongs to.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"w": jnp.ones((2,), jnp.bfloat16)}
+      >>> state = optax_flash.master_weights(optax.sgd(0.1)).init(params)
+      >>> optax_flash.master_params(params, state)
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    state = _find_state(state)
+    _check_state(None, state, params)
+    return jax.tree.map(_join, params, state.residual)
+
+
+def set_master_params(
+    state: optax.OptState, params: optax.Params, new_weights: optax.Params
+) -> optax.OptState:
+    """A state whose residuals make the params stand for the given weights.
+
+    To start from float32 weights without losing their lower bits, or after changing
+    params from outside.
+
+    Args:
+      state: a :class:`MasterWeightsState`, or any state that holds one.
+      params: the half-precision params, for example from :func:`cast_params`.
+      new_weights: float32 weights that round to these params.
+
+    Returns:
+      The state, with new residuals rounded to nearest.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> weights = {"w": jnp.float32([1.001])}
+      >>> params = optax_flash.cast_params(weights, jnp.bfloat16)
+      >>> state = optax_flash.master_weights(optax.sgd(0.1), bits=32).init(params)
+      >>> state = optax_flash.set_master_params(state, params, weights)
+      >>> optax_flash.master_params(params, state)
+      {'w': Array([1.001], dtype=float32)}
+    """
+    old = _find_state(state)
+    _check_state(None, old, params)
+    residual = jax.tree.map(_residual_leaf, new_weights, params, old.residual)
+    digest = None if old.digest is None else _digest(params)
+    new = old._replace(residual=residual, digest=digest)
+    return jax.tree.map(
+        lambda node: new if node is old else node,
+        state,
+        is_leaf=lambda node: node is old,
+    )
+
+
+def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
+    """Paths of the params that are not those that the last update made.
+
+    Needs ``master_weights(track_params=True)``. Compares one number for each param; a
+    change goes unnoticed with a probability of 2**-32.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+      >>> tx = optax_flash.master_weights(optax.sgd(0.1), track_params=True)
+      >>> state = tx.init(params)
+      >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
+      ['b']
+    """
+    state = _find_state(state)
+    if state.digest is None:
+        raise ValueError(
+            "changed_params: the state has no digest. Make the transformation with "
+            "master_weights(..., track_params=True)."
+        )
+    _check_state(None, state, params)
+    changed = np.asarray(_digest(params) != state.digest)
+    paths = _mirror.leaf_paths(params)
+    return [path for path, differs in zip(paths, changed, strict=True) if differs]
+
+
+# Each leaf function is jitted by itself, so that leaves of one shape are traced once.
+
+
+def _join(param: jax.Array, residual: jax.Array) -> jax.Array:
+    return _join_leaf(param, residual) if weights.is_split(param) else param
+
+
+@jax.jit
+def _join_leaf(param: jax.Array, residual: jax.Array) -> jax.Array:
+    return weights.codec_of(residual).join(param, residual)
+
+
+@jax.jit
+def _residual_leaf(
+    weight: jax.Array, param: jax.Array, residual: jax.Array
+) -> jax.Array:
+    if not weights.is_split(param):
+        return residual
+    weight = weight.astype(jnp.float32)
+    return weights.codec_of(residual).residual(weight, param)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _split_leaf(
+    codec: weights.ResidualCodec, dtype: np.dtype, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return codec.split(weight, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_leaf(
+    codec: weights.ResidualCodec,
+    update_dtype: np.dtype | None,
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+    step: jax.Array,
+    salt: np.uint32,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One param's step.
+
+    Args:
+      update_dtype: of the additive update; None to make a finished param.
+      update: what the wrapped transformation adds to the weight. # float32
+
+    Returns:
+      ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
+      make of the update.
+    """
+    if not weights.is_split(param):
+        if update_dtype is not None:
+            update = _rounded(update, update_dtype)
+        new = (param + update).astype(param.dtype)
+        return update.astype(update_dtype or update.dtype), new, residual
+    seed = hashing.fold(step, salt)
+    weight = codec.join(param, residual) + update.astype(jnp.float32)
+    target, residual = codec.split(weight, param.dtype, seed)
+    if update_dtype is None:
+        return update, target, residual
+    old = param.astype(jnp.float32)
+    update = _rounded(target.astype(jnp.float32) - old, update_dtype)
+    produced = weights.round_to(old + update, param.dtype)
+    return update.astype(update_dtype), produced, codec.residual(weight, produced, seed)
+
+
+def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A float32 array rounded to the values of ``dtype``.
+
+    In integers: XLA may leave out a rounding between two casts, and an update that
+    leaves the compiled function would then not be the one computed with.
+    """
+    if dtype not in weights.SPLIT_DTYPES:
+        return x
+    return weights.round_to(x, dtype).astype(x.dtype)
+
+
+def _zero_residual(codec: weights.ResidualCodec, param: jax.Array) -> jax.Array:
+    if weights.is_split(param):
+        return jnp.zeros_like(param, dtype=codec.dtype)
+    return _init.stub(param, codec.dtype)
+
+
+def _digest(params: optax.Params) -> jax.Array:
+    """A number for each param that depends on all its bits and their places."""
+
+    def digest(p: jax.Array) -> jax.Array:
+        width = np.dtype(f"uint{8 * p.dtype.itemsize}")
+        p = jnp.atleast_1d(jax.lax.bitcast_convert_type(p, width))
+        place = hashing.bits(jnp.uint32(0), p.shape)
+        return jnp.sum(hashing.mix(p.astype(jnp.uint32) ^ place), dtype=jnp.uint32)
+
+    leaves = [digest(p) for p in jax.tree.leaves(params)]
+    return jnp.stack(leaves) if leaves else jnp.zeros([0], jnp.uint32)
+
+
+def _find_state(state: optax.OptState) -> MasterWeightsState:
+    def is_master(node: Any) -> bool:
+        return isinstance(node, MasterWeightsState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_master) if is_master(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The state holds {len(found)} MasterWeightsStates, not one. Wrap the "
+            "whole transformation in optax_flash.master_weights, once."
+        )
+    return found[0]
+
+
+def _check_state(
+    codec: weights.ResidualCodec | None, state: MasterWeightsState, params: PyTree
+) -> None:
+    """Raises where state and params do not belong together; names the leaf."""
+    if not isinstance(state, MasterWeightsState):
+        raise ValueError(
+            f"master_weights: the state is a {type(state).__name__}, not a "
+            "MasterWeightsState. Pass what this transformation's init returned."
+        )
+    _mirror.check_mirrors(state.residual, params, "master_weights: the params")
+    triples = zip(
+        _mirror.leaf_paths(params),
+        jax.tree.leaves(params),
+        jax.tree.leaves(state.residual),
+        strict=True,
+    )
+    for path, p, r in triples:
+        if not weights.is_split(p):
+            continue
+        dtype = weights.codec_of(r).dtype if codec is None else codec.dtype
+        if r.shape != p.shape or r.dtype != dtype:
+            raise ValueError(
+                f"master_weights: {path!r} is {p.dtype}{list(p.shape)}, which takes a "
+                f"residual {dtype}{list(p.shape)}, but the state has {r.dtype}"
+                f"{list(r.shape)}. The state was made for other params, bits or "
+                "another codec: pass those, or call init again."
+            )
+
+
+def _record(codec: weights.ResidualCodec, params: PyTree) -> None:
+    """Notes how each param is split, for reports and checkpoint formats."""
+    for path, p in zip(
+        _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
+    ):
+        if weights.is_split(p):
+            _records.add(
+                _records.Record(
+                    path=path,
+                    field="residual",
+                    codec=repr(codec),
+                    code_bytes=p.size * codec.dtype.itemsize,
+                    scale_bytes=0,
+                )
+            )
