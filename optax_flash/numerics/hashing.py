@@ -6,8 +6,11 @@ single-device run because the index is the element's global position in its leaf
 
 The mixer is the two-multiply 32-bit finalizer found by exhaustive search in
 C. Wellons, "Prospecting for Hash Functions" (2018), public domain.
+
+Functions are jitted so that callers trace each of them once for a shape.
 """
 
+import functools
 import zlib
 
 import jax
@@ -30,12 +33,14 @@ def salt(name: str) -> np.uint32:
     return np.uint32(zlib.crc32(name.encode()))
 
 
+@jax.jit
 def fold(step: jax.typing.ArrayLike, salt: jax.typing.ArrayLike) -> jax.Array:
     """The seed of one leaf at one step: scalar uint32 from two scalars."""
     step = jnp.asarray(step).astype(jnp.uint32)
     return mix(mix(step + np.uint32(0x9E3779B9)) ^ jnp.asarray(salt, jnp.uint32))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Random uint32, one for each element of a leaf.
 
@@ -47,15 +52,18 @@ def bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
       uint32 array of ``shape``: ``mix(seed ^ row-major element index)``. The index
       is built from one iota per axis, so it shards like the leaf itself.
     """
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
+    if not shape:
+        return mix(seed)
+    index = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    stride = shape[-1]
+    for axis in reversed(range(len(shape) - 1)):
         iota = lax.broadcasted_iota(jnp.uint32, shape, axis)
         index = index + iota * np.uint32(stride % 2**32)
         stride *= shape[axis]
     return mix(index ^ seed)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def uniform(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 in [0, 1), multiples of 2**-24; arguments as :func:`bits`."""
     # Through int32: CPUs convert signed integers to floats in vectors.

@@ -140,7 +140,10 @@ class ExactResidual(ResidualCodec):
         param_negative, param_count = _param_to_count(param)
         param_count = param_count << (missing - dropped)
         param_count = jnp.where(param_negative, -param_count, param_count)
-        return self._store(count - param_count)
+        # Halved, for the difference of counts of opposite signs may not fit an int32.
+        far = (count >> 1) - (param_count >> 1)
+        near = jnp.abs(far) < np.int32(1 << 16)
+        return self._store(jnp.where(near, count - param_count, far))
 
     def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
         missing = _MISSING_BITS[param.dtype]

@@ -112,6 +112,10 @@ def check_floating(params: PyTree, what: str) -> None:
 
 def _entries(structure: jax.tree_util.PyTreeDef, tree: PyTree) -> list[Any] | None:
     """What a tree has in the place of each param; None if it does not mirror them."""
+    node = structure.node_data()
+    if node is not None and type(tree) is not node[0]:
+        # Seen at a glance; the exception below would print the whole tree first.
+        return None
     try:
         entries = structure.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError):

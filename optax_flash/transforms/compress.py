@@ -1,11 +1,6 @@
 """``compress``: any optax transformation, its state stored in codes."""
 
-import dataclasses
-import fnmatch
-import functools
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,30 +9,11 @@ import numpy as np
 import optax
 
 from optax_flash.numerics import hashing
-from optax_flash.numerics.codecs import Codec, Companded8, get_codec
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.numerics.codecs import Codec
+from optax_flash.transforms import _bundle, _init, _mirror, _records
+from optax_flash.transforms._rules import Codecs, Field, Rules
 
 PyTree = Any
-Codecs = str | Codec | Mapping[str, str | Codec | None] | None
-
-SIGNED_FIELDS = frozenset(
-    {"mu", "trace", "m", "m1", "m2", "momentum", "ema", "exp_avg"}
-)
-UNSIGNED_FIELDS = frozenset(
-    {"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq", "e_g", "e_x"}
-)
-FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
-    {
-        # Adan's v averages differences of gradients; its second moment is n.
-        "ScaleByAdanState": {"m": True, "v": True, "n": False, "g": True},
-        # A Hessian's diagonal may be negative.
-        "SophiaState": {"mu": True, "nu": True},
-        # sqrt(nu - mu**2): the smallest error in either turns it into a NaN.
-        "ScaleByRStdDevState": {"mu": None, "nu": None},
-        "ScaleByRStdDevWithCountState": {"mu": None, "nu": None},
-    }
-)
-"""State classes whose fields mean something else: signed, unsigned, or left alone."""
 
 
 class CompressState(NamedTuple):
@@ -113,7 +89,7 @@ def compress(
       bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349).
     """
     inner = optax.with_extra_args_support(inner)
-    rules = _Rules.parse(codecs, min_size)
+    rules = Rules.parse(codecs, min_size)
 
     def init(params: optax.Params) -> CompressState:
         _mirror.check_floating(params, "compress")
@@ -127,13 +103,7 @@ def compress(
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
-        parts, _ = _mirror.split_state(inner_state, params)
-        codecs = {
-            field.key: [
-                field.codec_at_init(leaf, rules.min_size) for leaf in field.leaves
-            ]
-            for field in _fields(rules, parts, params)
-        }
+        codecs = _codecs_at_init(rules, inner_state, params)
         return _encode(rules, codecs, inner_state, params, jnp.zeros([], jnp.int32))
 
     def update(
@@ -149,7 +119,7 @@ def compress(
             jax.tree.map(_init.like_float32, params),
             **extra_args,
         )
-        new_updates = jax.tree.map(lambda u, g: u.astype(g.dtype), new_updates, updates)
+        new_updates = jax.tree.map(_like, new_updates, updates)
         step = optax.safe_increment(state.step)
         state = _encode(rules, codecs, inner_state, updates, step, state.scales)
         return new_updates, state
@@ -157,166 +127,106 @@ def compress(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    """Which codec a leaf of the state gets, from names and shapes alone."""
-
-    patterns: tuple[tuple[str, Codec | None], ...]
-    min_size: int
-
-    @classmethod
-    def parse(cls, codecs: Codecs, min_size: int) -> "_Rules":
-        if codecs is None:
-            codecs = Companded8()
-        if isinstance(codecs, str | Codec):
-            codecs = {"*": codecs}
-        if not isinstance(codecs, Mapping):
-            raise ValueError(
-                f"compress: codecs must be a codec, a name or a mapping: {codecs!r}."
-            )
-        patterns = {
-            key: None if codec is None else get_codec(codec)
-            for key, codec in codecs.items()
-        }
-        return cls(tuple(patterns.items()), min_size)
-
-    def signed(self, mirror: _mirror.Mirror) -> bool | None:
-        """Whether a field is signed; None for fields that stay as they are."""
-        known = self._known(mirror)
-        for key, codec in self.patterns:
-            if key == mirror.name:
-                if codec is None:
-                    return None
-                return codec.signed if known is None else known
-        return known
-
-    def codec(self, name: str, path: str, signed: bool) -> Codec | None:
-        """The codec for one param's entry in a field; None leaves it as it is."""
-        for key, codec in (*self.patterns, ("*", Companded8())):
-            if key == name or (
-                _is_pattern(key) and fnmatch.fnmatchcase(f"{path}/{name}", key)
-            ):
-                return codec and dataclasses.replace(codec, signed=signed)
-        raise AssertionError("the last pattern fits everything")
-
-    def check_fields(self, inner: optax.GradientTransformation, params: PyTree) -> None:
-        """Raises where a key of ``codecs`` names a field that is not there."""
-        wanted = [key for key, _ in self.patterns if not _is_pattern(key)]
-        if not wanted:
-            return
-        state = jax.eval_shape(lambda p: inner.init(p), params)
-        parts, _ = _mirror.split_state(state, params)
-        found = {part.name for part in parts if isinstance(part, _mirror.Mirror)}
-        for key in wanted:
-            if key not in found:
-                raise ValueError(
-                    f"compress: codecs has the key {key!r}, but the state's fields are "
-                    f"{sorted(found)}. For a param write a pattern, as in '*{key}*'."
-                )
-
-    @staticmethod
-    def _known(mirror: _mirror.Mirror) -> bool | None:
-        by_state = FIELDS_BY_STATE.get(mirror.owner)
-        if by_state is not None:
-            return by_state.get(mirror.name)
-        if mirror.name in SIGNED_FIELDS:
-            return True
-        return False if mirror.name in UNSIGNED_FIELDS else None
-
-
-def _is_pattern(key: str) -> bool:
-    return any(character in key for character in "*?[/")
-
-
-class _Leaf(NamedTuple):
-    """One param's entry in a field of the state."""
-
-    name: str  # "path/of/the/param/field"
-    value: Any  # an array; or MaskedNode or None, where the state has nothing
-    codec: Codec | None
-    shape: tuple[int, ...]  # of the param
-
-
-class _Field(NamedTuple):
-    """A field of the state that holds a tree to compress."""
-
-    part: int  # its index among the state's parts
-    key: str  # its key among the scales
-    leaves: list[_Leaf]  # in the order of the params
-
-    def codec_at_init(self, leaf: _Leaf, min_size: int) -> Codec | None:
-        size = math.prod(leaf.shape)
-        if size == 0 or size < min_size or not _is_float(leaf.value):
-            return None
-        return leaf.codec if leaf.value.shape == leaf.shape else None
-
-
-def _fields(rules: _Rules, parts: list[Any], params: PyTree) -> list[_Field]:
-    """The fields to compress, each with a leaf for every param."""
-    structure = jax.tree.structure(params)
+def _codecs_at_init(
+    rules: Rules, inner_state: PyTree, params: PyTree
+) -> list[list[Codec | None]]:
+    """For each field, the codec of each param's entry; None leaves it as it is."""
+    parts, _ = _mirror.split_state(inner_state, params)
     paths = _mirror.leaf_paths(params)
     shapes = [p.shape for p in jax.tree.leaves(params)]
-    fields: list[_Field] = []
-    occurrences: dict[str, int] = {}
-    for index, part in enumerate(parts):
-        if not isinstance(part, _mirror.Mirror):
-            continue
-        signed = rules.signed(part)
-        if signed is None:
-            continue
-        occurrence = occurrences[part.name] = occurrences.get(part.name, -1) + 1
-        key = part.name + (f"_{occurrence}" if occurrence else "") + "_scales"
-        leaves = [
-            _Leaf(f"{path}/{part.name}", x, rules.codec(part.name, path, signed), shape)
-            for path, x, shape in zip(
-                paths, structure.flatten_up_to(part.tree), shapes, strict=True
+    return [
+        [
+            rules.codec_at_init(field, path, shape, x)
+            for path, shape, x in zip(
+                paths, shapes, _entries(parts, field, params), strict=True
             )
         ]
-        fields.append(_Field(index, key, leaves))
-    return fields
+        for field in rules.fields(parts)
+    ]
 
 
 def _encode(
-    rules: _Rules,
-    codecs: dict[str, list[Codec | None]],
+    rules: Rules,
+    codecs: list[list[Codec | None]],
     inner_state: PyTree,
     params: PyTree,
     step: jax.Array,
     old_scales: dict[str, PyTree] | None = None,
 ) -> CompressState:
-    """Puts codes in the place of a state's arrays, and their scales beside them."""
+    """Puts codes in the place of a state's arrays, and their scales beside them.
+
+    Rounds to nearest where there are no old scales, that is at init.
+    """
     parts, join = _mirror.split_state(inner_state, params)
+    fields = rules.fields(parts)
     structure = jax.tree.structure(params)
-    scales = {}
-    for field in _fields(rules, parts, params):
-        if old_scales is None:
-            old = [None] * len(field.leaves)
-        else:
-            old = structure.flatten_up_to(old_scales[field.key])
-        pairs = []
-        for leaf, codec, stub in zip(field.leaves, codecs[field.key], old, strict=True):
-            if codec is None:
-                pairs.append(
-                    (
-                        leaf.value,
-                        _init.stub(leaf.value, jnp.bfloat16) if stub is None else stub,
-                    )
-                )
-            else:
-                # At init values are exact, or may as well be rounded to nearest.
-                counter = None if old_scales is None else step
-                salt = hashing.salt(f"{leaf.name}/{field.key}")
-                pairs.append(_encode_leaf(codec, leaf.value, counter, salt))
-        parts[field.part] = structure.unflatten([codes for codes, _ in pairs])
-        scales[field.key] = structure.unflatten([scale for _, scale in pairs])
-    trees = [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
-    return CompressState(step, join(trees), scales)
+    values = [_entries(parts, field, params) for field in fields]
+    if old_scales is None:
+        scales = [
+            [None if codec else _init.stub(x, jnp.bfloat16) for x, codec in pairs]
+            for pairs in map(zip, values, codecs)
+        ]
+    else:
+        scales = [structure.flatten_up_to(old_scales[field.key]) for field in fields]
+    paths = _mirror.leaf_paths(params)
+    rows = _rows(codecs)
+    encoded = _bundle.map_leaves(
+        _encode_leaf,
+        [tuple(codecs[j][i] for j in stored) for i, stored in rows],
+        None if old_scales is None else step,
+        [[values[j][i] for j in stored] for i, stored in rows],
+        [hashing.salt(paths[i]) for i, _ in rows],
+    )
+    for (i, stored), pairs in zip(rows, encoded, strict=True):
+        for j, (codes, scale) in zip(stored, pairs, strict=True):
+            values[j][i], scales[j][i] = codes, scale
+    for field, entries in zip(fields, values, strict=True):
+        parts[field.part] = structure.unflatten(entries)
+    return CompressState(
+        step=step,
+        inner_state=join(_trees(parts)),
+        scales={
+            field.key: structure.unflatten(entries)
+            for field, entries in zip(fields, scales, strict=True)
+        },
+    )
 
 
 def _decode(
-    rules: _Rules, state: CompressState, updates: optax.Updates
-) -> tuple[PyTree, dict[str, list[Codec | None]]]:
-    """The state that ``inner`` knows, and the codec that each leaf came in."""
+    rules: Rules, state: CompressState, updates: optax.Updates
+) -> tuple[PyTree, list[list[Codec | None]]]:
+    """The state that ``inner`` knows; and for each field, the codec of each entry."""
+    parts, join = _checked_parts(rules, state, updates)
+    fields = rules.fields(parts)
+    structure = jax.tree.structure(updates)
+    values = [_entries(parts, field, updates) for field in fields]
+    scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
+    paths = _mirror.leaf_paths(updates)
+    shapes = [u.shape for u in jax.tree.leaves(updates)]
+    codecs = [
+        [
+            _codec_of_state(rules, field, path, shape, x, scale)
+            for path, shape, x, scale in zip(paths, shapes, *columns, strict=True)
+        ]
+        for field, *columns in zip(fields, values, scales, strict=True)
+    ]
+    rows = _rows(codecs)
+    decoded = _bundle.map_leaves(
+        _decode_leaf,
+        [(shapes[i], *(codecs[j][i] for j in stored)) for i, stored in rows],
+        None,
+        [[(values[j][i], scales[j][i]) for j in stored] for i, stored in rows],
+    )
+    for (i, stored), arrays in zip(rows, decoded, strict=True):
+        for j, x in zip(stored, arrays, strict=True):
+            values[j][i] = x
+    for field, entries in zip(fields, values, strict=True):
+        parts[field.part] = structure.unflatten(entries)
+    return join(_trees(parts)), codecs
+
+
+def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:
+    """The parts of the state's inner state, if it is one for these updates."""
     if not isinstance(state, CompressState):
         raise ValueError(
             f"compress: the state is a {type(state).__name__}, not a CompressState. "
@@ -325,93 +235,115 @@ def _decode(
     for scales in state.scales.values():
         _mirror.check_mirrors(scales, updates, "compress: the gradients")
     parts, join = _mirror.split_state(state.inner_state, updates)
-    structure = jax.tree.structure(updates)
-    fields = _fields(rules, parts, updates)
-    if {field.key for field in fields} != set(state.scales):
+    keys = {field.key for field in rules.fields(parts)}
+    if keys != set(state.scales):
         raise ValueError(
             f"compress: the state has {sorted(state.scales)}, but these codecs store "
-            f"{sorted(field.key for field in fields)}. The state was made with other "
-            "codecs: pass those to compress, or call init again."
+            f"{sorted(keys)}. The state was made with other codecs: pass those to "
+            "compress, or call init again."
         )
-    codecs = {}
-    for field in fields:
-        scales = structure.flatten_up_to(state.scales[field.key])
-        pairs = zip(field.leaves, scales, strict=True)
-        used = [_codec_of_state(leaf, scale, rules.min_size) for leaf, scale in pairs]
-        codecs[field.key] = used
-        values = [
-            leaf.value
-            if codec is None
-            else _decode_leaf(codec, leaf.value, scale, leaf.shape)
-            for leaf, scale, codec in zip(field.leaves, scales, used, strict=True)
-        ]
-        parts[field.part] = structure.unflatten(values)
-    trees = [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
-    return join(trees), codecs
+    return parts, join
 
 
-def _codec_of_state(leaf: _Leaf, scale: Any, min_size: int) -> Codec | None:
-    """The codec in which the state holds a leaf, checked against the rules."""
-    x, codec = leaf.value, leaf.codec
+def _codec_of_state(
+    rules: Rules, field: Field, path: str, shape: tuple[int, ...], x: Any, scale: Any
+) -> Codec | None:
+    """The codec in which the state holds an entry, checked against the rules."""
     if not hasattr(x, "dtype"):
         return None
-    is_codes = x.dtype == jnp.uint8
-    if not is_codes and (
-        codec is None
-        or x.shape != leaf.shape
-        or math.prod(leaf.shape) < max(min_size, 1)
-    ):
-        return None
-    if (
-        is_codes
-        and codec is not None
-        and x.shape == codec.codes_shape(leaf.shape)
-        and scale.shape == codec.scales_shape(leaf.shape)
+    codec = rules.codec(field, path)
+    if x.dtype != jnp.uint8:
+        # Inside shard_map shapes are local, so a large param may look small, never the
+        # other way round.
+        if codec is None or x.shape != shape or not rules.is_large(shape):
+            return None
+    elif (
+        codec is not None
+        and x.shape == codec.codes_shape(shape)
+        and scale.shape == codec.scales_shape(shape)
         and scale.dtype == codec.scale_dtype
     ):
         return codec
     raise ValueError(
-        f"compress: {leaf.name!r} is stored as {x.dtype}{list(x.shape)} with scales "
-        f"{scale.dtype}{list(scale.shape)}, but a param of shape {list(leaf.shape)} "
+        f"compress: '{path}/{field.name}' is stored as {x.dtype}{list(x.shape)} with "
+        f"scales {scale.dtype}{list(scale.shape)}, but a param of shape {list(shape)} "
         f"under {codec!r} is not. The state was made with other codecs, another "
         "min_size or other shapes: pass those to compress, or call init again."
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, list[int]]]:
+    """The params that have something in codes, each with the fields that have it."""
+    rows = []
+    for i, of_param in enumerate(zip(*codecs, strict=True)):
+        stored = [j for j, codec in enumerate(of_param) if codec is not None]
+        if stored:
+            rows.append((i, stored))
+    return rows
+
+
 def _encode_leaf(
-    codec: Codec, x: jax.Array, step: jax.Array | None, salt: np.uint32
-) -> tuple[jax.Array, jax.Array]:
-    """Jitted by itself so that leaves of one shape are traced once."""
-    return codec.encode(x, None if step is None else hashing.fold(step, salt))
+    codecs: tuple[Codec, ...],
+    step: jax.Array | None,
+    values: list[jax.Array],
+    salt: jax.Array,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """``(codes, scales)`` of each field's entry for one param."""
+    if step is None:
+        return [codec.encode(x) for codec, x in zip(codecs, values, strict=True)]
+    seed = hashing.fold(step, salt)
+    return [
+        codec.encode(x, hashing.fold(seed, np.uint32(j)))
+        for j, (codec, x) in enumerate(zip(codecs, values, strict=True))
+    ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
 def _decode_leaf(
-    codec: Codec, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
-) -> jax.Array:
-    return codec.decode(codes, scales, shape)
+    shape_and_codecs: tuple[Any, ...],
+    shared: None,
+    pairs: list[tuple[jax.Array, jax.Array]],
+) -> list[jax.Array]:
+    """The float32 array of each field's entry for one param."""
+    del shared
+    shape, *codecs = shape_and_codecs
+    return [
+        codec.decode(codes, scales, shape)
+        for codec, (codes, scales) in zip(codecs, pairs, strict=True)
+    ]
 
 
-def _is_float(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+def _entries(parts: list[Any], field: Field, params: PyTree) -> list[Any]:
+    """What a field holds for each param: an array, or MaskedNode or None."""
+    return jax.tree.structure(params).flatten_up_to(parts[field.part].tree)
 
 
-def _record(rules: _Rules, inner: optax.GradientTransformation, params: PyTree) -> None:
+def _trees(parts: list[Any]) -> list[Any]:
+    return [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
+
+
+def _like(update: Any, grad: jax.Array) -> Any:
+    """An update in its gradient's dtype."""
+    same = getattr(update, "dtype", None) == grad.dtype
+    return update if same else update.astype(grad.dtype)
+
+
+def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -> None:
     """Notes how each leaf is stored, for reports and checkpoint formats."""
     state = jax.eval_shape(inner.init, jax.tree.map(_init.like_float32, params))
     parts, _ = _mirror.split_state(state, params)
-    for field in _fields(rules, parts, params):
-        for path, leaf in zip(_mirror.leaf_paths(params), field.leaves, strict=True):
-            codec = field.codec_at_init(leaf, rules.min_size)
+    codecs = _codecs_at_init(rules, state, params)
+    paths = _mirror.leaf_paths(params)
+    shapes = [p.shape for p in jax.tree.leaves(params)]
+    for field, column in zip(rules.fields(parts), codecs, strict=True):
+        for path, shape, codec in zip(paths, shapes, column, strict=True):
             if codec is not None:
+                scale_bytes = jnp.dtype(codec.scale_dtype).itemsize
                 _records.add(
                     _records.Record(
                         path=path,
-                        field=field.key.removesuffix("_scales"),
+                        field=field.name,
                         codec=repr(codec),
-                        code_bytes=math.prod(codec.codes_shape(leaf.shape)),
-                        scale_bytes=math.prod(codec.scales_shape(leaf.shape))
-                        * jnp.dtype(codec.scale_dtype).itemsize,
+                        code_bytes=math.prod(codec.codes_shape(shape)),
+                        scale_bytes=math.prod(codec.scales_shape(shape)) * scale_bytes,
                     )
                 )

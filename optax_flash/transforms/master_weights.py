@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _bundle, _init, _mirror, _records
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -137,24 +137,21 @@ def master_weights(
         inner_updates, inner_state = inner.update(
             jax.tree.map(_init.like_float32, updates),
             state.inner_state,
-            jax.tree.map(_join, params, state.residual),
+            _join(params, state.residual),
             **extra_args,
         )
         step = optax.safe_increment(state.step)
         structure = jax.tree.structure(params)
-        stepped = [
-            _step_leaf(
-                codec, None if finished else g.dtype, p, r, u, step, hashing.salt(path)
-            )
-            for path, p, r, g, u in zip(
-                _mirror.leaf_paths(params),
-                structure.flatten_up_to(params),
-                structure.flatten_up_to(state.residual),
-                structure.flatten_up_to(updates),
-                structure.flatten_up_to(inner_updates),
-                strict=True,
-            )
-        ]
+        grads = structure.flatten_up_to(updates)
+        stepped = _bundle.map_leaves(
+            _step_leaf,
+            [(codec, None if finished else g.dtype) for g in grads],
+            step,
+            structure.flatten_up_to(params),
+            structure.flatten_up_to(state.residual),
+            structure.flatten_up_to(inner_updates),
+            [hashing.salt(path) for path in _mirror.leaf_paths(params)],
+        )
         produced = [new for _, new, _ in stepped]
         if finished:
             names = _mirror.leaf_paths(params)
@@ -225,7 +222,7 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
     """
     state = _find_state(state)
     _check_state(None, state, params)
-    return jax.tree.map(_join, params, state.residual)
+    return _join(params, state.residual)
 
 
 def set_master_params(
@@ -291,15 +288,22 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
     return [path for path, differs in zip(paths, changed, strict=True) if differs]
 
 
-# Each leaf function is jitted by itself, so that leaves of one shape are traced once.
+def _join(params: PyTree, residual: PyTree) -> PyTree:
+    """The float32 weights of all params."""
+    structure = jax.tree.structure(params)
+    pairs = (structure.flatten_up_to(params), structure.flatten_up_to(residual))
+    configurations = [None] * structure.num_leaves
+    return structure.unflatten(
+        _bundle.map_leaves(_join_leaf, configurations, None, *pairs)
+    )
 
 
-def _join(param: jax.Array, residual: jax.Array) -> jax.Array:
-    return _join_leaf(param, residual) if weights.is_split(param) else param
-
-
-@jax.jit
-def _join_leaf(param: jax.Array, residual: jax.Array) -> jax.Array:
+def _join_leaf(
+    configuration: None, shared: None, param: jax.Array, residual: jax.Array
+) -> jax.Array:
+    del configuration, shared
+    if not weights.is_split(param):
+        return param
     return weights.codec_of(residual).join(param, residual)
 
 
@@ -320,26 +324,26 @@ def _split_leaf(
     return codec.split(weight, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _step_leaf(
-    codec: weights.ResidualCodec,
-    update_dtype: np.dtype | None,
+    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype | None],
+    step: jax.Array,
     param: jax.Array,
     residual: jax.Array,
     update: jax.Array,
-    step: jax.Array,
-    salt: np.uint32,
+    salt: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One param's step.
 
     Args:
-      update_dtype: of the additive update; None to make a finished param.
+      codec_and_dtype: the residual's codec; the additive update's dtype, or None to
+        make a finished param.
       update: what the wrapped transformation adds to the weight. # float32
 
     Returns:
       ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
       make of the update.
     """
+    codec, update_dtype = codec_and_dtype
     if not weights.is_split(param):
         if update_dtype is not None:
             update = _rounded(update, update_dtype)

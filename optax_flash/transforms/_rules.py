@@ -1,0 +1,154 @@
+"""Which part of an optimizer's state is stored by which codec."""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flash.numerics.codecs import Codec, Companded8, get_codec
+from optax_flash.transforms import _mirror
+
+PyTree = Any
+Codecs = str | Codec | Mapping[str, str | Codec | None] | None
+
+SIGNED_FIELDS = frozenset(
+    {"mu", "trace", "m", "m1", "m2", "momentum", "ema", "exp_avg"}
+)
+UNSIGNED_FIELDS = frozenset(
+    {"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq", "e_g", "e_x"}
+)
+FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
+    {
+        # Adan's v averages differences of gradients; its second moment is n.
+        "ScaleByAdanState": {"m": True, "v": True, "n": False, "g": True},
+        # A Hessian's diagonal may be negative.
+        "SophiaState": {"mu": True, "nu": True},
+        # sqrt(nu - mu**2): the smallest error in either turns it into a NaN.
+        "ScaleByRStdDevState": {"mu": None, "nu": None},
+        "ScaleByRStdDevWithCountState": {"mu": None, "nu": None},
+    }
+)
+"""State classes whose fields mean something else: signed, unsigned, or left alone."""
+
+
+class Field(NamedTuple):
+    """A field of a state that holds a tree to compress.
+
+    Attributes:
+      part: its index among the state's parts, see :func:`_mirror.split_state`.
+      name: such as ``"mu"``; ``"mu_1"`` for the second of that name.
+      key: its key among the scales.
+      kind: the name as the state has it.
+      signed: whether its values may be negative.
+    """
+
+    part: int
+    name: str
+    key: str
+    kind: str
+    signed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which codec a leaf of the state gets, from names and shapes alone."""
+
+    patterns: tuple[tuple[str, Codec | None], ...]
+    min_size: int
+
+    @classmethod
+    def parse(cls, codecs: Codecs, min_size: int) -> "Rules":
+        if codecs is None:
+            codecs = Companded8()
+        if isinstance(codecs, str | Codec):
+            codecs = {"*": codecs}
+        if not isinstance(codecs, Mapping):
+            raise ValueError(
+                f"compress: codecs must be a codec, a name or a mapping: {codecs!r}."
+            )
+        patterns = {
+            key: None if codec is None else get_codec(codec)
+            for key, codec in codecs.items()
+        }
+        return cls(tuple(patterns.items()), min_size)
+
+    def fields(self, parts: list[Any]) -> list[Field]:
+        """The fields to compress among a state's parts."""
+        fields: list[Field] = []
+        occurrences: dict[str, int] = {}
+        for index, part in enumerate(parts):
+            if not isinstance(part, _mirror.Mirror):
+                continue
+            signed = self._signed(part)
+            if signed is None:
+                continue
+            occurrence = occurrences[part.name] = occurrences.get(part.name, -1) + 1
+            name = part.name + (f"_{occurrence}" if occurrence else "")
+            fields.append(Field(index, name, f"{name}_scales", part.name, signed))
+        return fields
+
+    def codec(self, field: Field, path: str) -> Codec | None:
+        """The codec for one param's entry in a field; None leaves it as it is."""
+        for key, codec in (*self.patterns, ("*", Companded8())):
+            if key == field.kind or (
+                _is_pattern(key) and fnmatch.fnmatchcase(f"{path}/{field.kind}", key)
+            ):
+                return codec and dataclasses.replace(codec, signed=field.signed)
+        raise AssertionError("the last pattern fits everything")
+
+    def codec_at_init(
+        self, field: Field, path: str, shape: tuple[int, ...], x: Any
+    ) -> Codec | None:
+        """The codec for a new entry ``x`` of a param of ``shape``."""
+        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        if not is_float or x.shape != shape or not self.is_large(shape):
+            return None
+        return self.codec(field, path)
+
+    def is_large(self, shape: tuple[int, ...]) -> bool:
+        """Whether a param has enough elements to be compressed."""
+        return math.prod(shape) >= max(self.min_size, 1)
+
+    def check_fields(self, inner: optax.GradientTransformation, params: PyTree) -> None:
+        """Raises where a key of ``codecs`` names a field that is not there."""
+        wanted = [key for key, _ in self.patterns if not _is_pattern(key)]
+        if not wanted:
+            return
+        state = jax.eval_shape(lambda p: inner.init(p), params)
+        parts, _ = _mirror.split_state(state, params)
+        found = {part.name for part in parts if isinstance(part, _mirror.Mirror)}
+        for key in wanted:
+            if key not in found:
+                raise ValueError(
+                    f"compress: codecs has the key {key!r}, but the state's fields are "
+                    f"{sorted(found)}. For a param write a pattern, as in '*{key}*'."
+                )
+
+    def _signed(self, mirror: _mirror.Mirror) -> bool | None:
+        """Whether a field is signed; None for fields that stay as they are."""
+        known = self._known(mirror)
+        for key, codec in self.patterns:
+            if key == mirror.name:
+                if codec is None:
+                    return None
+                return codec.signed if known is None else known
+        return known
+
+    @staticmethod
+    def _known(mirror: _mirror.Mirror) -> bool | None:
+        by_state = FIELDS_BY_STATE.get(mirror.owner)
+        if by_state is not None:
+            return by_state.get(mirror.name)
+        if mirror.name in SIGNED_FIELDS:
+            return True
+        return False if mirror.name in UNSIGNED_FIELDS else None
+
+
+def _is_pattern(key: str) -> bool:
+    return any(character in key for character in "*?[/")
