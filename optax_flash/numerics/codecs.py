@@ -275,7 +275,7 @@ class Affine8(Codec):
         if not self.signed:
             k = jnp.maximum(k, x32 > 0)
         scales = jnp.stack([step16, zero[..., 0].astype(jnp.bfloat16)], axis=-1)
-        scales = scales.reshape(*scales.shape[:-2], -1)
+        scales = scales.reshape(self.scales_shape(x.shape))
         return groups.merge(_unsigned_bytes(k), x.shape), scales
 
     def decode(

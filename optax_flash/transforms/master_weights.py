@@ -381,6 +381,8 @@ def _digest(params: optax.Params) -> jax.Array:
     """A number for each param that depends on all its bits and their places."""
 
     def digest(p: jax.Array) -> jax.Array:
+        if isinstance(p, jax.ShapeDtypeStruct):
+            return jnp.zeros([], jnp.uint32)
         width = np.dtype(f"uint{8 * p.dtype.itemsize}")
         p = jnp.atleast_1d(jax.lax.bitcast_convert_type(p, width))
         place = hashing.bits(jnp.uint32(0), p.shape)
