@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_flash.transforms import _mirror
 
@@ -31,7 +31,15 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
         )
         if not leaves or not concrete:
             return init(params)
-        return jax.jit(init, out_shardings=_state_shardings(init, params))(params)
+        mesh = _mesh(leaves)
+        if mesh is None:
+            return jax.jit(init)(params)
+        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+            # There the sharding is part of an array's type and needs no help.
+            with jax.set_mesh(mesh):
+                return jax.jit(init)(params)
+        shardings = _state_shardings(init, params, mesh)
+        return jax.jit(init, out_shardings=shardings)(params)
 
     return wrapped
 
@@ -59,19 +67,18 @@ def stub(x: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jnp.sum(zeros, axis=-1, keepdims=True, dtype=dtype)
 
 
-def _state_shardings(init: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    """Shardings for ``jit``: those of the params, None where nothing needs saying."""
-    meshes = {
-        x.sharding.mesh
-        for x in jax.tree.leaves(params)
-        if isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1
-    }
-    if len(meshes) != 1:
-        return None
-    (mesh,) = meshes
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        # On explicit axes the sharding is part of the type and needs no help.
-        return None
+def _mesh(leaves: list[jax.Array]) -> Mesh | None:
+    """The mesh over which arrays are sharded; None for a single device."""
+    for x in leaves:
+        if isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1:
+            return x.sharding.mesh
+    return None
+
+
+def _state_shardings(
+    init: Callable[[PyTree], PyTree], params: PyTree, mesh: Mesh
+) -> PyTree:
+    """A sharding for each array of the state: its param's, where there is one."""
     replicated = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(lambda p: init(p), params)
     parts, join = _mirror.split_state(state, params)
