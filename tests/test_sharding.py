@@ -52,6 +52,12 @@ def test_eager_init_is_sharded_like_the_params(tx, sharding):
             assert leaf.sharding.is_equivalent_to(sharding, 2)
 
 
+def test_eager_init_stays_on_the_device_of_the_params(tx):
+    device = jax.devices()[-1]
+    state = tx.init(jax.device_put(make(0), device))
+    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {device}
+
+
 def test_sharded_run_equals_single_device_run(tx, sharding):
     update = jax.jit(tx.update)
 

@@ -246,18 +246,16 @@ RESIDUAL_CODECS: Mapping[str, type[ResidualCodec]] = MappingProxyType(
 """Every residual codec by its name."""
 
 
-def get_residual_codec(codec: str | ResidualCodec, bits: int) -> ResidualCodec:
-    """The residual codec of a name; a codec of the same bits passes through.
+def get_residual_codec(name: str, bits: int) -> ResidualCodec:
+    """The residual codec of a name.
 
     Raises:
       ValueError: an unknown name, or bits other than 24 and 32.
     """
-    if isinstance(codec, ResidualCodec):
-        return dataclasses.replace(codec, bits=bits)
-    if codec in RESIDUAL_CODECS:
-        return RESIDUAL_CODECS[codec](bits=bits)
+    if name in RESIDUAL_CODECS:
+        return RESIDUAL_CODECS[name](bits=bits)
     raise ValueError(
-        f"Unknown residual codec {codec!r}. Known names: {', '.join(RESIDUAL_CODECS)}."
+        f"Unknown residual codec {name!r}. Known names: {', '.join(RESIDUAL_CODECS)}."
     )
 
 

@@ -33,7 +33,9 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
             return init(params)
         mesh = _mesh(leaves)
         if mesh is None:
-            return jax.jit(init)(params)
+            # A state of zeros does not depend on the params, so jit would not follow.
+            with jax.default_device(next(iter(leaves[0].devices()))):
+                return jax.jit(init)(params)
         if any(kind == AxisType.Explicit for kind in mesh.axis_types):
             # There the sharding is part of an array's type and needs no help.
             with jax.set_mesh(mesh):

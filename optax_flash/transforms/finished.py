@@ -4,8 +4,20 @@ from typing import Any, NoReturn
 
 import jax
 
+_ADVICE = (
+    "nothing but optax.apply_updates may follow master_weights(finished=True): make it "
+    "the outermost transformation, or pass finished=False"
+)
 
-class FinishedParam:
+
+class _Explained(type):
+    """JAX's own messages print the type of what is no array; this one says what to do."""
+
+    def __repr__(cls) -> str:
+        return f"<class {cls.__name__!r}: {_ADVICE}>"
+
+
+class FinishedParam(metaclass=_Explained):
     """An opaque leaf of an updates tree: adding it to the old param gives the new one.
 
     ``optax.apply_updates`` computes ``param + update``. Where the new param is known,
@@ -21,34 +33,37 @@ class FinishedParam:
       {'w': Array([1., 1.], dtype=float32)}
     """
 
-    __slots__ = ("name", "param")
+    __slots__ = ("_name", "_param")
+    __array_ufunc__ = None  # NumPy arrays, too, leave the addition to __radd__.
 
     def __init__(self, param: jax.Array, name: str):
-        self.param = param
-        self.name = name
+        self._param = param
+        self._name = name
 
     def __radd__(self, old: jax.Array) -> jax.Array:
-        if old.shape != self.param.shape or old.dtype != self.param.dtype:
+        new = self._param
+        if old.shape != new.shape or old.dtype != new.dtype:
             raise TypeError(
-                f"The finished param {self.name!r} is {self.param.dtype}"
-                f"{list(self.param.shape)}, but is applied to {old.dtype}"
-                f"{list(old.shape)}. Apply the updates to the params that update saw."
+                f"The finished param {self._name!r} is {new.dtype}{list(new.shape)}, "
+                f"but is applied to {old.dtype}{list(old.shape)}. Apply the updates to "
+                "the params that update saw."
             )
-        return self.param
+        return new
 
     def __repr__(self) -> str:
-        # Appears in JAX's own message where a transformation takes this for an array.
-        return (
-            f"<finished param {self.name!r}: nothing but optax.apply_updates may "
-            "follow master_weights(finished=True). Make it the outermost "
-            "transformation, or pass finished=False>"
-        )
+        return f"<finished param {self._name!r}: {_ADVICE}>"
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        del args, kwargs
+    def _refuse(self, *args: Any) -> NoReturn:
+        del args
         raise TypeError(f"Cannot compute with {self!r}.")
 
     __add__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = __float__ = __array__ = _refuse
-    astype = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = __float__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever asks for a shape, a dtype or astype takes this for an array. Python's
+        # own protocols, __jax_array__ among them, must hear that there is none.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()

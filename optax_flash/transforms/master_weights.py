@@ -37,7 +37,7 @@ def master_weights(
     inner: optax.GradientTransformation,
     bits: int = 24,
     *,
-    codec: str | weights.ResidualCodec = "exact",
+    codec: str = "exact",
     finished: bool = False,
     track_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,21 +102,21 @@ def master_weights(
       "param remainders" of NVIDIA's TransformerEngine.
     """
     inner = optax.with_extra_args_support(inner)
-    codec = weights.get_residual_codec(codec, bits)
+    residual_codec = weights.get_residual_codec(codec, bits)
 
     def init(params: optax.Params) -> MasterWeightsState:
         _mirror.check_floating(params, "master_weights")
         if _records.is_uncompressed():
             return inner.init(jax.tree.map(_init.like_float32, params))
         if _records.active():
-            _record(codec, params)
+            _record(residual_codec, params)
         return init_arrays(params)
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> MasterWeightsState:
         return MasterWeightsState(
             step=jnp.zeros([], jnp.int32),
-            residual=jax.tree.map(lambda p: _zero_residual(codec, p), params),
+            residual=jax.tree.map(lambda p: _zero_residual(residual_codec, p), params),
             inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
             digest=_digest(params) if track_params else None,
         )
@@ -133,7 +133,7 @@ def master_weights(
                 "them. Call update(grads, state, params)."
             )
         _mirror.check_mirrors(updates, params, "master_weights: the params")
-        _check_state(codec, state, params)
+        _check_state(residual_codec, state, params)
         inner_updates, inner_state = inner.update(
             jax.tree.map(_init.like_float32, updates),
             state.inner_state,
@@ -145,7 +145,7 @@ def master_weights(
         grads = structure.flatten_up_to(updates)
         stepped = _bundle.map_leaves(
             _step_leaf,
-            [(codec, None if finished else g.dtype) for g in grads],
+            [(residual_codec, None if finished else g.dtype) for g in grads],
             step,
             structure.flatten_up_to(params),
             structure.flatten_up_to(state.residual),

@@ -1,0 +1,319 @@
+"""The language-model example: its data, its optimizers, its checkpoints, its demo."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import data
+import demo
+import jax
+import numpy as np
+import optax
+import optimizers
+import pytest
+import train
+from checkpoint import RunFolder
+from rich.console import Console
+
+import optax_flash
+
+SEQ_LEN = 32
+
+
+def play(seed: int, words: int = 3000) -> bytes:
+    """Text that can be learned: random words of a small vocabulary, a few on a line."""
+    rng = np.random.default_rng(seed)
+    vocabulary = ["romeo", "juliet", "wherefore", "art", "thou", "the", "sun", "is"]
+    picked = rng.choice(vocabulary, words)
+    return b"\n".join(" ".join(line).encode() for line in picked.reshape(-1, 6))
+
+
+TEXTS = {"one": play(1), "two": play(2), "poem": play(3, words=120)}
+
+
+@pytest.fixture(scope="session", name="data_dir")
+def data_dir_fixture(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(name="config")
+def config_fixture(data_dir):
+    return train.TrainConfig(
+        depth=1,
+        width=64,
+        heads=2,
+        seq_len=SEQ_LEN,
+        batch_size=8,
+        steps=60,
+        warmup=5,
+        eval_every=20,
+        eval_batches=4,
+        data_dir=data_dir,
+    )
+
+
+# --- data
+
+
+@pytest.fixture(scope="session", name="sources")
+def sources_fixture(data_dir):
+    return data.prepare(SEQ_LEN, data_dir, TEXTS)
+
+
+def windows(source) -> dict[str, set[bytes]]:
+    """All windows of a split, by the text they come from."""
+    found = collections.defaultdict(set)
+    for example in source:
+        found[example["text"].decode()].add(example["bytes"].tobytes())
+    return found
+
+
+def test_splits_share_no_window_and_hold_every_text(tmp_path):
+    rng = np.random.default_rng(0)  # random bytes: no two windows are equal by chance
+    sizes = {"long": 20_000, "short": 2 * (SEQ_LEN + 1) + 5}
+    texts = {name: rng.bytes(size) for name, size in sizes.items()}
+    sources = data.prepare(SEQ_LEN, tmp_path, texts)
+    train_windows, held_out = windows(sources["train"]), windows(sources["validation"])
+    assert set(train_windows) == set(held_out) == set(texts)
+    for name, text in texts.items():
+        assert not train_windows[name] & held_out[name]
+        count = len(text) // (SEQ_LEN + 1)
+        assert len(train_windows[name]) + len(held_out[name]) == count
+        # What is held out is the end of the text, in one piece.
+        starts = sorted(text.index(window) for window in held_out[name])
+        assert starts == [i * (SEQ_LEN + 1) for i in range(count - len(starts), count)]
+    fraction = len(held_out["long"]) / (sizes["long"] // (SEQ_LEN + 1))
+    assert 0.05 <= fraction <= 0.1
+
+
+def test_second_call_reuses_the_first_and_other_texts_do_not(tmp_path):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*array_record*")}
+
+    data.prepare(SEQ_LEN, tmp_path, TEXTS)
+    first = files()
+    data.prepare(SEQ_LEN, tmp_path, TEXTS)
+    assert files() == first
+    other = data.prepare(SEQ_LEN, tmp_path, {"other": play(4)})
+    assert set(windows(other["train"])) == {"other"}
+
+
+def test_text_too_short_is_named(tmp_path):
+    with pytest.raises(Exception, match="sonnet.*too short"):
+        data.prepare(SEQ_LEN, tmp_path, {"sonnet": bytes(SEQ_LEN + 1)})
+
+
+def test_batch_depends_on_seed_and_index_alone(sources):
+    first = data.batches(sources["train"], 8, seed=3)
+    in_order = [first[k] for k in range(40)]
+    again = data.batches(sources["train"], 8, seed=3)
+    for k in (17, 39, 0):
+        np.testing.assert_array_equal(again[k], in_order[k])
+    other = data.batches(sources["train"], 8, seed=4)
+    assert not np.array_equal(other[17], in_order[17])
+
+
+def test_each_epoch_holds_every_window_once_in_an_order_of_its_own(sources):
+    source = sources["train"]
+    ones = data.batches(source, 1, seed=0)
+    epochs = [
+        [ones[k].tobytes() for k in range(start, start + len(source))]
+        for start in (0, len(source))
+    ]
+    everything = sorted(example["bytes"].tobytes() for example in source)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
+    assert epochs[0] != epochs[1]
+
+
+# --- training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(optimizer="adamw", param_dtype="float32"), dict(optimizer="adamw8")],
+    ids=lambda options: options["optimizer"],
+)
+def test_learns_more_than_byte_frequencies(config, options):
+    history = train.train(dataclasses.replace(config, **options), TEXTS).history
+    assert [row["step"] for row in history] == list(range(1, 61))
+    losses = [row["val_loss"] for row in history if "val_loss" in row]
+    assert losses == sorted(losses, reverse=True)
+    counts = np.bincount(np.frombuffer(b"".join(TEXTS.values()), np.uint8))
+    frequencies = counts[counts > 0] / counts.sum()
+    assert losses[-1] < -0.6 * np.sum(frequencies * np.log(frequencies))
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_every_optimizer_takes_steps(config, name):
+    config = dataclasses.replace(config, optimizer=name, steps=2, warmup=0)
+    before = train.weights(train.init_state(config))
+    state, history, summary = train.train(config, TEXTS)
+    assert [math.isfinite(row["loss"]) for row in history] == [True, True]
+    assert math.isfinite(summary["val_loss"])
+    moved = jax.tree.map(
+        lambda p, q: bool((p != q).any()), train.weights(state), before
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(
+    "options, dtype, residual",
+    [
+        (dict(param_dtype="float32"), "float32", 0),
+        (dict(master_bits=None), "bfloat16", 0),
+        (dict(master_bits=24), "bfloat16", 1),
+        (dict(master_bits=32), "bfloat16", 2),
+    ],
+)
+def test_weights_are_stored_as_asked(config, options, dtype, residual):
+    state = train.init_state(dataclasses.replace(config, **options))
+    assert state.params["embed"]["embedding"].dtype == dtype
+    assert state.params["RMSNorm_0"]["scale"].dtype == "float32"
+    params = sum(p.size for p in jax.tree.leaves(state.params))
+    held = train.live_bytes(state)["residual"] / params
+    assert held == pytest.approx(residual, rel=0.01)
+
+
+# --- interruption
+
+RESUME = """
+import json, pathlib, sys
+import train
+config = train.TrainConfig(**json.loads(sys.argv[1]))
+texts = {name: text.encode() for name, text in json.loads(sys.argv[2]).items()}
+train.train(config, texts)
+"""
+
+
+def in_new_process(config: train.TrainConfig) -> None:
+    folders = [str(pathlib.Path(m.__file__).parents[up]) for m, up in PATHS]
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            RESUME,
+            json.dumps(dataclasses.asdict(config)),
+            json.dumps({name: text.decode() for name, text in TEXTS.items()}),
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        check=True,
+    )
+
+
+PATHS = [(train, 0), (optax_flash, 1)]
+
+
+def saved(config: train.TrainConfig):
+    """The newest train state in the run's folder."""
+    folder = RunFolder(config.out, resume=True)
+    return folder.restore(train.init_state(config))
+
+
+def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
+    config = dataclasses.replace(config, steps=6, warmup=2, eval_every=2, save_every=3)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    expected, history, _ = train.train(whole, TEXTS)
+
+    halves = dataclasses.replace(config, out=str(tmp_path / "halves"))
+    train.train(dataclasses.replace(halves, stop_at=3), TEXTS)
+    in_new_process(dataclasses.replace(halves, resume=True))
+
+    state = saved(halves)
+    assert int(state.step) == 6
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    metrics = (tmp_path / "halves" / "metrics.jsonl").read_text()
+    assert [json.loads(line) for line in metrics.splitlines()] == history
+
+
+def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
+    folder = RunFolder(tmp_path)
+    state = train.init_state(config)
+    folder.log([{"step": 1, "loss": 3.0}])
+    folder.save(1, state)
+    folder.log([{"step": 2, "loss": 2.0}])  # then the process dies
+    resumed = RunFolder(tmp_path, resume=True)
+    assert resumed.restore_log() == [{"step": 1, "loss": 3.0}]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, steps=2, warmup=0, stop_at=1)
+    config = dataclasses.replace(config, out=str(tmp_path))
+    train.train(config, TEXTS)
+    config = dataclasses.replace(config, stop_at=None, resume=True)
+    for other in (dict(optimizer="adamw"), dict(master_bits=32)):
+        with pytest.raises(ValueError, match="checkpoint stores 'block_0"):
+            train.train(dataclasses.replace(config, **other), TEXTS)
+
+    # The hard case: codes of the same shapes and dtypes, with another meaning.
+    def flashoptim(learning_rate, weight_decay):
+        return optax_flash.adamw8(learning_rate, codecs="flashoptim")
+
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8", (flashoptim, 1e-3))
+    with pytest.raises(ValueError, match="Companded8.*FlashOptim8"):
+        train.train(config, TEXTS)
+
+
+def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
+    RunFolder(tmp_path).save(1, train.init_state(config))
+    with pytest.raises(FileExistsError, match="--resume"):
+        RunFolder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
+        RunFolder(tmp_path / "other", resume=True)
+
+
+# --- command line and demo
+
+
+def test_command_line():
+    assert train.parse([]) == train.TrainConfig()
+    parsed = train.parse("--master-bits none --learning-rate 1e-4 --steps 7".split())
+    assert parsed == train.TrainConfig(master_bits=None, learning_rate=1e-4, steps=7)
+    assert train.parse("--out runs --resume".split()).resume
+    for wrong in ("--resume", "--master-bits 16", "--optimizer adamw9"):
+        with pytest.raises(SystemExit):
+            train.parse(wrong.split())
+
+
+def test_schedule_depends_on_planned_steps_alone():
+    def sizes(steps):
+        """Sizes of the updates of plain SGD under a constant gradient of norm 1."""
+        tx = optimizers.make_optimizer("sgd", steps=steps, warmup=2, learning_rate=1.0)
+        params, sizes = np.ones(1, np.float32), []
+        state = tx.init(params)
+        for _ in range(4):
+            update, state = tx.update(params, state, params)
+            sizes.append(float(optax.global_norm(update)))
+        return sizes
+
+    assert sizes(8) == sizes(8)
+    assert sizes(8)[0] == 0 and sizes(8) != sizes(20)
+
+
+def test_demo_compares_two_runs(config, tmp_path):
+    config = dataclasses.replace(config, steps=4, warmup=1, eval_every=2)
+    runs = demo.compare(config, TEXTS)
+    stock, ours = (
+        {part: size / run["parameters"] for part, size in run["bytes"].items()}
+        for run in runs.values()
+    )
+    assert stock == pytest.approx(
+        {"weights": 4, "residual": 0, "optimizer state": 8, "gradients": 4}, abs=0.01
+    )
+    assert ours == pytest.approx(
+        {"weights": 2, "residual": 1, "optimizer state": 2.125, "gradients": 2}, abs=0.1
+    )
+    first, second = (run["val_loss"] for run in runs.values())
+    assert second == pytest.approx(first, abs=0.02)
+
+    demo.plot(runs, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(demo.table(runs))
+    assert "total, bytes per parameter" in capture.get()

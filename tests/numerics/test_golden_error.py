@@ -1,0 +1,93 @@
+"""What each format costs in accuracy, pinned: a net under every change to a codec.
+
+The error of a row is the mean square of (decoded - x) over the mean square of x, and
+the table has its mean over the rows, rounded to nearest and stochastically. A change
+that means to move it pastes in what ``python tests/numerics/test_golden_error.py``
+prints.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_flash import Affine8, Companded8, FlashOptim8
+from optax_flash.numerics import hashing
+
+RNG = np.random.default_rng(20240229)
+NORMAL = RNG.standard_normal((256, 256))
+HEAVY = NORMAL * np.exp(RNG.standard_normal((256, 256)))
+SAMPLES = {
+    "normal": NORMAL,
+    "heavy tails": HEAVY,
+    "rows of many sizes": NORMAL * np.logspace(-3, 3, 256)[:, None],
+    "squares": np.square(NORMAL),
+    "heavy squares": np.square(HEAVY),
+}
+
+TABLE = [
+    (Companded8(signed=True, group=32), "normal", 2.7509e-05, 5.6771e-05),
+    (Companded8(signed=True, group=32), "heavy tails", 4.1337e-05, 8.6367e-05),
+    (Companded8(signed=True, group=32), "rows of many sizes", 2.7283e-05, 5.5985e-05),
+    (Companded8(signed=True, group=64), "normal", 3.0191e-05, 6.1568e-05),
+    (Companded8(signed=True, group=64), "heavy tails", 5.7668e-05, 0.00011813),
+    (Companded8(signed=True, group=64), "rows of many sizes", 3.0062e-05, 6.1134e-05),
+    (Companded8(signed=True, group=128), "normal", 3.2305e-05, 6.5343e-05),
+    (Companded8(signed=True, group=128), "heavy tails", 8.0597e-05, 0.00016343),
+    (Companded8(signed=True, group=128), "rows of many sizes", 3.2404e-05, 6.5524e-05),
+    (FlashOptim8(signed=True, group=32), "normal", 2.5223e-05, 2.5223e-05),
+    (FlashOptim8(signed=True, group=32), "heavy tails", 3.4724e-05, 3.4724e-05),
+    (FlashOptim8(signed=True, group=32), "rows of many sizes", 2.5204e-05, 2.5204e-05),
+    (Affine8(signed=True, group=32), "normal", 2.2904e-05, 4.5277e-05),
+    (Affine8(signed=True, group=32), "heavy tails", 4.5581e-05, 9.0709e-05),
+    (Affine8(signed=True, group=32), "rows of many sizes", 2.2802e-05, 4.5032e-05),
+    (Affine8(signed=True, group=128), "normal", 3.4817e-05, 6.9283e-05),
+    (Affine8(signed=True, group=128), "heavy tails", 0.00013039, 0.00025955),
+    (Affine8(signed=True, group=128), "rows of many sizes", 3.4783e-05, 6.9264e-05),
+    (Companded8(signed=False, group=32), "squares", 1.0394e-05, 2.0881e-05),
+    (Companded8(signed=False, group=32), "heavy squares", 6.6426e-06, 1.3998e-05),
+    (Companded8(signed=False, group=64), "squares", 1.2009e-05, 2.408e-05),
+    (Companded8(signed=False, group=64), "heavy squares", 7.9506e-06, 1.6805e-05),
+    (Companded8(signed=False, group=128), "squares", 1.3913e-05, 2.7745e-05),
+    (Companded8(signed=False, group=128), "heavy squares", 9.8601e-06, 2.0386e-05),
+    (FlashOptim8(signed=False, group=32), "squares", 8.5506e-06, 8.5506e-06),
+    (FlashOptim8(signed=False, group=32), "heavy squares", 2.7765e-06, 2.7765e-06),
+    (Affine8(signed=False, group=32), "squares", 2.6629e-05, 4.0464e-05),
+    (Affine8(signed=False, group=32), "heavy squares", 0.00021084, 0.00022286),
+    (Affine8(signed=False, group=128), "squares", 5.2077e-05, 7.6994e-05),
+    (Affine8(signed=False, group=128), "heavy squares", 0.00071577, 0.00074843),
+]
+
+
+def errors(codec, sample):
+    """The ``(nearest, stochastic)`` errors of a codec on a sample."""
+    x = jnp.asarray(SAMPLES[sample], jnp.float32)
+    seed = hashing.fold(1, hashing.salt("layer/kernel"))
+    decoded = [
+        codec.decode(*codec.encode(x, rounding), x.shape) for rounding in (None, seed)
+    ]
+    exact = np.asarray(x, np.float64)
+    square = np.mean(np.square(exact), axis=-1)
+    return tuple(
+        np.mean(np.mean(np.square(np.asarray(d) - exact), axis=-1) / square)
+        for d in decoded
+    )
+
+
+@pytest.mark.parametrize(("codec", "sample", "nearest", "stochastic"), TABLE)
+def test_error_is_as_pinned(codec, sample, nearest, stochastic):
+    np.testing.assert_allclose(errors(codec, sample), (nearest, stochastic), rtol=1e-3)
+
+
+if __name__ == "__main__":
+    for signed in (True, False):
+        for codec in [
+            *(Companded8(signed=signed, group=group) for group in (32, 64, 128)),
+            FlashOptim8(signed=signed),
+            *(Affine8(signed=signed, group=group) for group in (32, 128)),
+        ]:
+            for sample in SAMPLES:
+                if signed != sample.endswith("squares"):
+                    nearest, stochastic = errors(codec, sample)
+                    print(
+                        f'    ({codec}, "{sample}", {nearest:.5g}, {stochastic:.5g}),'
+                    )

@@ -1,0 +1,117 @@
+"""Stochastic rounding is right in the mean, not only close.
+
+Every value is rounded 4,096 times, as in as many steps of training, and the mean of
+what decodes is within four standard errors of it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_flash import Affine8, Companded8, ExactResidual
+from optax_flash.numerics import hashing
+
+STEPS = 4096
+
+# Codes that are no whole numbers, from the bottom of the range to the top.
+CODES = np.linspace(1.3, 126.6, 31)
+VALUES = {
+    Companded8(signed=True): CODES / (254 - CODES) * np.resize([1, -1], 31),
+    Companded8(signed=False): np.square(2 * CODES / 255),
+    Affine8(signed=True): (CODES - 64) / 64,
+    Affine8(signed=False): 2 * CODES / 254,
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def z_scores(rounded, x):
+    """How many standard errors the mean of ``rounded(x, seed)`` is from ``x``."""
+    steps = jnp.arange(STEPS, dtype=jnp.uint32)
+    seeds = jax.vmap(hashing.fold, (0, None))(steps, hashing.salt("layer/kernel"))
+    errors = jax.vmap(lambda seed: rounded(x, seed) - x)(seeds)
+    return jnp.mean(errors, axis=0) / (jnp.std(errors, axis=0) / np.sqrt(STEPS))
+
+
+def stored(codec, x, seed):
+    return codec.decode(*codec.encode(x, seed), x.shape)
+
+
+def stored_with_bias(codec, x, seed):
+    """What Companded8 must not do: round the companded value up by its fraction."""
+    noise = hashing.uniform(seed, x.shape)
+    s = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if codec.signed:
+        y = jnp.abs(x) / s
+        k = jnp.floor(254 * y / (1 + y) + noise)
+        return jnp.sign(x) * s * k / (254 - k)
+    return jnp.square(jnp.floor(255 * jnp.sqrt(x / s) + noise) / 255) * s
+
+
+def with_top(x):
+    """``x`` with a one before it, which sets the scale of its group to one."""
+    ones = np.ones((*x.shape[:-1], 1))
+    return jnp.asarray(np.concatenate([ones, x], axis=-1), jnp.float32)
+
+
+@pytest.mark.parametrize("codec", VALUES, ids=repr)
+def test_each_value(codec):
+    z = z_scores(functools.partial(stored, codec), with_top(VALUES[codec]))[1:]
+    assert np.all(np.abs(z) < 4)
+
+
+def test_biased_rounding_is_noticed():
+    # The curve bends most at the small codes, and from code to code by a constant.
+    codec = Companded8(signed=False)
+    x = with_top(np.square(np.array([1.5, 2.5]) / 255))
+    assert np.all(np.abs(z_scores(functools.partial(stored, codec), x))[1:] < 4)
+    assert np.all(z_scores(functools.partial(stored_with_bias, codec), x)[1:] > 4)
+
+
+@pytest.mark.parametrize("codec", [Companded8(), Companded8(signed=False)], ids=repr)
+def test_many_values_together(codec):
+    # The signed curve is so straight that its bias needs many values to show.
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1, 126, (128, 31)) + rng.uniform(0.2, 0.8, (128, 31))
+    x = codes / (254 - codes) if codec.signed else np.square(codes / 255)
+    pooled = {}
+    for rounding in (stored, stored_with_bias):
+        z = z_scores(functools.partial(rounding, codec), with_top(x))[:, 1:]
+        pooled[rounding] = np.sum(z) / np.sqrt(z.size)
+    assert abs(pooled[stored]) < 4
+    assert pooled[stored_with_bias] > 4
+
+
+def weights(dtype):
+    """Odd multiples of a fraction of a code, in several binades and of both signs."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**23, 48) | 0x3F800000 | 1
+    x = bits.astype(np.int32).view(np.float32)
+    x = x * 2.0 ** rng.integers(-12, 12, 48) * rng.choice([-1, 1], 48)
+    if dtype == jnp.float16:
+        # Below its smallest normal, a float16 weight is kept to multiples of 2**-37.
+        subnormal = (2 * rng.integers(0, 2**21, 16) + 1) * 2.0**-37
+        x = np.concatenate([x, subnormal])
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights(dtype):
+    codec = ExactResidual(bits=24)
+    z = z_scores(
+        lambda w, seed: codec.join(*codec.split(w, dtype, seed)), weights(dtype)
+    )
+    assert np.all(np.abs(z) < 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_residuals_against_a_fixed_param(dtype):
+    codec = ExactResidual(bits=24)
+    param = codec.split(weights(dtype), dtype)[0]
+    z = z_scores(
+        lambda w, seed: codec.join(param, codec.residual(w, param, seed)),
+        weights(dtype),
+    )
+    assert np.all(np.abs(z) < 4)

@@ -1,0 +1,266 @@
+"""Weights in two pieces: exhaustive where they can be listed, random elsewhere."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from optax_flash import ExactResidual, FlashOptimResidual
+from optax_flash.numerics import weights
+from optax_flash.numerics.weights import round_to
+
+DTYPES = [ml_dtypes.bfloat16, np.float16]
+SEEDS = [None, np.uint32(7)]
+EXACT_24, EXACT_32 = ExactResidual(bits=24), ExactResidual(bits=32)
+
+
+def finite_params(dtype):
+    """Every finite value of a 16-bit dtype, both zeros included."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    infinity = np.array(np.inf, dtype).view(np.uint16)
+    return patterns[(patterns & 0x7FFF) < infinity].view(dtype)
+
+
+def residuals(codec, dtype):
+    """Residuals that a split can make: all of 8 bits, or some of 16."""
+    if codec.bits == 24:
+        return np.arange(-128, 128, dtype=np.int8).view(np.uint8)
+    half = 2**15 if dtype == ml_dtypes.bfloat16 else 2**12  # 16 or 13 bits are missing.
+    some = np.random.default_rng(0).integers(-half, half, 25)
+    some = np.concatenate([some, [-half, 1 - half, -1, 0, 1, half - 2, half - 1]])
+    return some.astype(np.int16).view(np.uint16)
+
+
+def random_floats(n=2**20):
+    """Float32 of every bit pattern, and those that tend to go wrong."""
+    bits = np.random.default_rng(0).integers(0, 2**32, n, dtype=np.uint32)
+    magnitudes = [0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F7FFFFF, 0x477FE000]
+    magnitudes += [0x477FEFFF, 0x477FF000, 0x477FFFFF, 0x47800000]  # Top of float16.
+    magnitudes += [0x7F7FFFFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F800000]
+    magnitudes += [0x7F800001, 0x7FC00000, 0x7FFFFFFF]  # NaNs.
+    edges = np.array(magnitudes, np.uint32)
+    return np.concatenate([bits, edges, edges | 0x80000000]).view(np.float32)
+
+
+def random_weights(low, high, n=2**20):
+    """Normal weights of both signs with exponents from ``low`` up to ``high``."""
+    rng = np.random.default_rng(1)
+    x = (1 + rng.random(n)) * 2.0 ** rng.integers(low, high, n) * rng.choice([-1, 1], n)
+    return x.astype(np.float32)
+
+
+def bits_of(x):
+    x = np.asarray(x)
+    return x.view(np.uint16 if x.dtype.itemsize == 2 else np.uint32)
+
+
+def order_of(x):
+    """Integers in the order of the floats."""
+    bits = np.asarray(x).view(np.int32).astype(np.int64)
+    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def split(codec, dtype, weight, seed=None):
+    return codec.split(weight, dtype, seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def join(codec, param, residual):
+    return codec.join(param, residual)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def residual_of(codec, weight, param, seed=None):
+    return codec.residual(weight, param, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
+def test_every_param_with_every_residual(codec, dtype, seed):
+    param = finite_params(dtype)[:, None]
+    for chunk in residuals(codec, dtype).reshape(-1, 32):
+        residual = np.broadcast_to(chunk, (param.size, 32))
+        params = np.broadcast_to(param, residual.shape)
+        weight = join(codec, params, residual)
+        new_param, new_residual = split(codec, dtype, weight, seed)
+        # One weight has two names: zero with a residual is of the residual's sign.
+        signed = residual.view(f"i{residual.itemsize}")
+        zero = np.where(signed < 0, 0x8000, 0).astype(np.uint16)
+        expected = np.where((params == 0) & (signed != 0), zero, bits_of(params))
+        np.testing.assert_array_equal(bits_of(new_param), expected)
+        np.testing.assert_array_equal(new_residual, residual)
+        again = join(codec, new_param, new_residual)
+        np.testing.assert_array_equal(bits_of(again), bits_of(weight))
+        found = residual_of(codec, weight, params, seed)
+        np.testing.assert_array_equal(found, residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
+def test_weights_are_in_the_order_of_param_and_residual(codec, dtype):
+    param = np.sort(finite_params(dtype))
+    param = param[~((param == 0) & np.signbit(param))]
+    residual = np.sort(residuals(codec, dtype).view(f"i{codec.dtype.itemsize}"))
+    residual = np.unique(residual).view(codec.dtype)
+    weight = join(codec, *np.broadcast_arrays(param[:, None], residual))
+    assert np.all(np.diff(order_of(weight).ravel()) > 0)
+
+
+class TestExactness(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_32_bits_keep_every_float(self):
+        weight = random_floats()
+        pieces = self.variant(lambda w: EXACT_32.split(w, jnp.bfloat16))(
+            jnp.asarray(weight)
+        )
+        joined = np.asarray(self.variant(EXACT_32.join)(*pieces))
+        is_nan = np.isnan(weight)
+        np.testing.assert_array_equal(np.isnan(joined), is_nan)
+        np.testing.assert_array_equal(
+            bits_of(joined)[~is_nan], bits_of(weight)[~is_nan]
+        )
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*SEEDS)
+    def test_24_bits_keep_every_float_without_the_low_8(self, seed):
+        weight = (bits_of(random_floats()) & np.uint32(0xFFFFFF00)).view(np.float32)
+        weight = weight[~np.isnan(weight)]
+        pieces = self.variant(lambda w: EXACT_24.split(w, jnp.bfloat16, seed))(
+            jnp.asarray(weight)
+        )
+        joined = self.variant(EXACT_24.join)(*pieces)
+        np.testing.assert_array_equal(bits_of(joined), bits_of(weight))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*DTYPES)
+    def test_round_to_is_a_cast_to_nearest_even(self, dtype):
+        params = np.sort(finite_params(dtype)).astype(np.float64)
+        half_way = ((params[1:] + params[:-1]) / 2).astype(np.float32)
+        weight = np.concatenate([random_floats(), random_weights(-28, 17), half_way])
+        rounded = np.asarray(self.variant(lambda w: round_to(w, dtype))(weight))
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = weight.astype(dtype)
+        is_nan = np.isnan(weight)
+        np.testing.assert_array_equal(np.isnan(rounded), is_nan)
+        np.testing.assert_array_equal(
+            bits_of(rounded)[~is_nan], bits_of(expected)[~is_nan]
+        )
+
+
+@pytest.mark.parametrize(("seed", "share"), [(None, 0.5), (np.uint32(3), 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "code"),
+    [(ml_dtypes.bfloat16, -126, 127, 2.0**-15), (np.float16, -14, 15, 2.0**-18)],
+)
+def test_error_of_24_bits(dtype, low, high, code, seed, share):
+    weight = random_weights(low, high)
+    joined = join(EXACT_24, *split(EXACT_24, dtype, weight, seed))
+    exact = weight.astype(np.float64)
+    error = np.abs(np.asarray(joined, np.float64) - exact) / np.abs(exact)
+    assert np.all(error <= share * code)
+    # Below float16's normal numbers, codes are 2**-32 apart.
+    if dtype == np.float16:
+        weight = random_weights(-34, -14)
+        joined = join(EXACT_24, *split(EXACT_24, dtype, weight, seed))
+        error = np.abs(np.asarray(joined, np.float64) - weight.astype(np.float64))
+        assert np.all(error <= share * 2.0**-32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
+@pytest.mark.parametrize("seed", SEEDS, ids=["nearest", "stochastic"])
+def test_signs_are_symmetric(codec, dtype, seed):
+    weight = random_weights(-30, 15)
+    joined = join(codec, *split(codec, dtype, weight, seed))
+    mirrored = join(codec, *split(codec, dtype, -weight, seed))
+    np.testing.assert_array_equal(mirrored, -np.asarray(joined))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
+def test_half_way_goes_up(codec, dtype):
+    params = np.sort(finite_params(dtype))
+    params = params[~((params == 0) & np.signbit(params))]
+    low, high = params[:-1], params[1:]
+    middle = (low.astype(np.float64) + high.astype(np.float64)) / 2
+    param, residual = split(codec, dtype, middle.astype(np.float32))
+    np.testing.assert_array_equal(param, high)
+    # The lowest residual of 8 bits, or half of what the param lacks.
+    lacks = (
+        2**13 if codec.bits == 32 and dtype == np.float16 else 2 ** (codec.bits - 16)
+    )
+    assert np.all(np.asarray(residual).view(f"i{residual.itemsize}") == -lacks // 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "codec",
+    [
+        kind(bits=bits)
+        for kind in (ExactResidual, FlashOptimResidual)
+        for bits in (24, 32)
+    ],
+    ids=repr,
+)
+def test_residual_saturates_when_the_param_is_far(codec, dtype):
+    # 3 and -3 are so far apart that their counts' difference overflows an int32.
+    param = np.array([1, 3, -3, 3, 0, 1, 2e4], dtype)
+    weight = np.array([3, 1, 3, -3, 1, 0, -2e4], np.float32)
+    residual = np.asarray(residual_of(codec, weight, param))
+    residual = residual.view(f"i{residual.itemsize}")
+    assert np.all(np.sign(residual) == np.sign(weight - param.astype(np.float32)))
+    limit = np.iinfo(residual.dtype).max
+    if codec == EXACT_32 and dtype == np.float16:
+        limit = 2**13  # Room for more than half a step, so it is not cut off there.
+    assert np.all(np.abs(residual.astype(np.int32)) >= limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "levels"), [(24, 127), (32, 32767)])
+def test_published_residual_is_half_a_code_off_at_most(dtype, bits, levels):
+    codec = FlashOptimResidual(bits=bits)
+    weight = random_weights(-13, 14)
+    param, residual = split(codec, dtype, weight)
+    joined = np.asarray(join(codec, param, residual), np.float64)
+    half_step = np.spacing(np.abs(np.asarray(param))).astype(np.float64) / 2
+    rounding = np.spacing(np.abs(weight)).astype(np.float64)
+    assert np.all(np.abs(joined - weight) <= half_step / levels / 2 + rounding)
+
+
+def test_a_residual_tells_its_codec():
+    for kind in (ExactResidual, FlashOptimResidual):
+        for bits in (24, 32):
+            codec = kind(bits=bits)
+            _, residual = codec.split(jnp.ones(3), jnp.bfloat16)
+            assert residual.dtype == codec.dtype
+            assert weights.codec_of(residual) == codec
+            assert weights.get_residual_codec(kind.name, bits) == codec
+    with pytest.raises(ValueError, match="float32"):
+        weights.codec_of(jnp.ones(3))
+
+
+@pytest.mark.parametrize("kind", [ExactResidual, FlashOptimResidual])
+@pytest.mark.parametrize("bits", [16, 8, 25, None])
+def test_other_bits_are_refused(kind, bits):
+    with pytest.raises(ValueError, match="24.*32"):
+        kind(bits=bits)
+
+
+def test_unknown_residual_codecs_are_told_the_known_ones():
+    with pytest.raises(ValueError, match="'exactly'.*exact, flashoptim"):
+        weights.get_residual_codec("exactly", 24)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(jnp.bfloat16, True), (jnp.float16, True), (jnp.float32, False)],
+)
+def test_which_params_are_split(dtype, expected):
+    assert weights.is_split(jnp.zeros(2, dtype)) == expected
