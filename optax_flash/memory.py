@@ -13,7 +13,14 @@ import optax
 from optax_flash import formats
 from optax_flash.transforms import _mirror, _records
 
-COMPONENTS = ("weights", "residual", "codes", "scales", "other state", "gradients")
+COMPONENTS: tuple[str, ...] = (
+    "weights",
+    "residual",
+    "codes",
+    "scales",
+    "other state",
+    "gradients",
+)
 """What is counted. "other state" is all of the state that is not in codes."""
 
 

@@ -68,7 +68,7 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         state = set_master_params(nnx.as_pure(self.opt_state), half, weights)
         nnx.update(self.opt_state, nnx.state(state))
 
-    def fp32_params(self, model: M) -> nnx.State:
+    def fp32_params(self, model: M) -> optax.Params:
         """The model's float32 weights, for evaluation and export."""
         params = nnx.as_pure(nnx.state(model, self.wrt))
         return master_params(params, nnx.as_pure(self.opt_state))

@@ -35,7 +35,7 @@ def map_leaves(
       The result for each row.
     """
     rows = list(zip(*columns, strict=True))
-    kinds: dict[Hashable, list[int]] = collections.defaultdict(list)
+    kinds: dict[tuple[Hashable, Hashable], list[int]] = collections.defaultdict(list)
     for i, (configuration, row) in enumerate(zip(configurations, rows, strict=True)):
         kinds[configuration, _signature(row)].append(i)
     results: list[Any] = [None] * len(rows)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_flash.transforms import _mirror
 
@@ -69,7 +70,7 @@ def stub(x: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jnp.sum(zeros, axis=-1, keepdims=True, dtype=dtype)
 
 
-def _mesh(leaves: list[jax.Array]) -> Mesh | None:
+def _mesh(leaves: list[jax.Array]) -> Any:
     """The mesh over which arrays are sharded; None for a single device."""
     for x in leaves:
         if isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1:
@@ -78,7 +79,7 @@ def _mesh(leaves: list[jax.Array]) -> Mesh | None:
 
 
 def _state_shardings(
-    init: Callable[[PyTree], PyTree], params: PyTree, mesh: Mesh
+    init: Callable[[PyTree], PyTree], params: PyTree, mesh: Any
 ) -> PyTree:
     """A sharding for each array of the state: its param's, where there is one."""
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -110,7 +110,7 @@ def check_floating(params: PyTree, what: str) -> None:
             )
 
 
-def _entries(structure: jax.tree_util.PyTreeDef, tree: PyTree) -> list[Any] | None:
+def _entries(structure: Any, tree: PyTree) -> list[Any] | None:
     """What a tree has in the place of each param; None if it does not mirror them."""
     node = structure.node_data()
     if node is not None and type(tree) is not node[0]:

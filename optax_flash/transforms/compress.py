@@ -91,7 +91,7 @@ def compress(
     inner = optax.with_extra_args_support(inner)
     rules = Rules.parse(codecs, min_size)
 
-    def init(params: optax.Params) -> CompressState:
+    def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "compress")
         rules.check_fields(inner, params)
         if _records.is_uncompressed():
@@ -108,10 +108,10 @@ def compress(
 
     def update(
         updates: optax.Updates,
-        state: CompressState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, CompressState]:
+    ) -> tuple[optax.Updates, PyTree]:
         inner_state, codecs = _decode(rules, state, updates)
         new_updates, inner_state = inner.update(
             jax.tree.map(_init.like_float32, updates),
@@ -150,7 +150,7 @@ def _encode(
     codecs: list[list[Codec | None]],
     inner_state: PyTree,
     params: PyTree,
-    step: jax.Array,
+    step: jax.typing.ArrayLike,
     old_scales: dict[str, PyTree] | None = None,
 ) -> CompressState:
     """Puts codes in the place of a state's arrays, and their scales beside them.
@@ -284,7 +284,7 @@ def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, list[int]]]:
 
 def _encode_leaf(
     codecs: tuple[Codec, ...],
-    step: jax.Array | None,
+    step: jax.typing.ArrayLike | None,
     values: list[jax.Array],
     salt: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array]]:

@@ -11,7 +11,7 @@ _ADVICE = (
 
 
 class _Explained(type):
-    """JAX's own messages print the type of what is no array; this one says what to do."""
+    """JAX prints the type of what is no array; this type says what to do."""
 
     def __repr__(cls) -> str:
         return f"<class {cls.__name__!r}: {_ADVICE}>"

@@ -104,7 +104,7 @@ def master_weights(
     inner = optax.with_extra_args_support(inner)
     residual_codec = weights.get_residual_codec(codec, bits)
 
-    def init(params: optax.Params) -> MasterWeightsState:
+    def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "master_weights")
         if _records.is_uncompressed():
             return inner.init(jax.tree.map(_init.like_float32, params))
@@ -123,10 +123,10 @@ def master_weights(
 
     def update(
         updates: optax.Updates,
-        state: MasterWeightsState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, MasterWeightsState]:
+    ) -> tuple[optax.Updates, PyTree]:
         if params is None:
             raise ValueError(
                 "master_weights: update needs the params, the residual is a part of "
@@ -220,9 +220,9 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       >>> optax_flash.master_params(params, state)
       {'w': Array([1., 1.], dtype=float32)}
     """
-    state = _find_state(state)
-    _check_state(None, state, params)
-    return _join(params, state.residual)
+    found = _find_state(state)
+    _check_state(None, found, params)
+    return _join(params, found.residual)
 
 
 def set_master_params(
@@ -276,14 +276,14 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
       >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
       ['b']
     """
-    state = _find_state(state)
-    if state.digest is None:
+    found = _find_state(state)
+    if found.digest is None:
         raise ValueError(
             "changed_params: the state has no digest. Make the transformation with "
             "master_weights(..., track_params=True)."
         )
-    _check_state(None, state, params)
-    changed = np.asarray(_digest(params) != state.digest)
+    _check_state(None, found, params)
+    changed = np.asarray(_digest(params) != found.digest)
     paths = _mirror.leaf_paths(params)
     return [path for path, differs in zip(paths, changed, strict=True) if differs]
 

@@ -13,7 +13,6 @@ import data
 import demo
 import jax
 import numpy as np
-import optax
 import optimizers
 import pytest
 import train
@@ -55,6 +54,14 @@ def config_fixture(data_dir):
         eval_batches=4,
         data_dir=data_dir,
     )
+
+
+@pytest.fixture(autouse=True, name="quick_compile")
+def quick_compile_fixture():
+    """Less optimised programs: these tests are about what is computed, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- data
@@ -191,7 +198,12 @@ train.train(config, texts)
 
 
 def in_new_process(config: train.TrainConfig) -> None:
-    folders = [str(pathlib.Path(m.__file__).parents[up]) for m, up in PATHS]
+    example = pathlib.Path(train.__file__).parent
+    folders = [str(example), str(pathlib.Path(optax_flash.__file__).parents[1])]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     subprocess.run(
         [
             sys.executable,
@@ -200,12 +212,9 @@ def in_new_process(config: train.TrainConfig) -> None:
             json.dumps(dataclasses.asdict(config)),
             json.dumps({name: text.decode() for name, text in TEXTS.items()}),
         ],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        env=os.environ | variables,
         check=True,
     )
-
-
-PATHS = [(train, 0), (optax_flash, 1)]
 
 
 def saved(config: train.TrainConfig):
@@ -225,7 +234,10 @@ def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
 
     state = saved(halves)
     assert int(state.step) == 6
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+    for leaf, other in leaves:
+        assert leaf.dtype == other.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
     metrics = (tmp_path / "halves" / "metrics.jsonl").read_text()
     assert [json.loads(line) for line in metrics.splitlines()] == history
 
@@ -278,21 +290,6 @@ def test_command_line():
     for wrong in ("--resume", "--master-bits 16", "--optimizer adamw9"):
         with pytest.raises(SystemExit):
             train.parse(wrong.split())
-
-
-def test_schedule_depends_on_planned_steps_alone():
-    def sizes(steps):
-        """Sizes of the updates of plain SGD under a constant gradient of norm 1."""
-        tx = optimizers.make_optimizer("sgd", steps=steps, warmup=2, learning_rate=1.0)
-        params, sizes = np.ones(1, np.float32), []
-        state = tx.init(params)
-        for _ in range(4):
-            update, state = tx.update(params, state, params)
-            sizes.append(float(optax.global_norm(update)))
-        return sizes
-
-    assert sizes(8) == sizes(8)
-    assert sizes(8)[0] == 0 and sizes(8) != sizes(20)
 
 
 def test_demo_compares_two_runs(config, tmp_path):

