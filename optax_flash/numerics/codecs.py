@@ -128,7 +128,7 @@ class Companded8(Codec):
         x32 = groups.split(x.astype(jnp.float32), self.group)
         noise = _noise(seed, x.shape, self.group)
         magnitude = jnp.abs(x32) if self.signed else jnp.sqrt(x32)
-        scales = _round_up_bf16(jnp.max(magnitude, axis=-1))
+        scales = _round_up_bf16(_group_max(magnitude))
         s = scales.astype(jnp.float32)[..., None]
         y = magnitude / jnp.maximum(s, _TINY)
         if self.signed:
@@ -199,7 +199,7 @@ class FlashOptim8(Codec):
         del seed  # The published rounding is deterministic.
         x32 = groups.split(x.astype(jnp.float32), self.group)
         magnitude = jnp.abs(x32) if self.signed else jnp.sqrt(x32)
-        s = jnp.maximum(jnp.max(magnitude, axis=-1), np.float32(1e-12))
+        s = _group_max(magnitude, at_least=1e-12)
         # XLA would divide by a bare broadcast through its reciprocal, which is another
         # last bit for a quarter of the values and another code for one in a million.
         divisor = jnp.where(magnitude == 0, 1.0, s[..., None])
@@ -265,7 +265,9 @@ class Affine8(Codec):
         noise = _noise(seed, x.shape, self.group)
         low = jnp.minimum(jnp.min(x32, axis=-1), 0.0)
         high = jnp.maximum(jnp.max(x32, axis=-1), 0.0)
-        step16 = _round_up_bf16(high * np.float32(1 / 254) - low * np.float32(1 / 254))
+        step = high * np.float32(1 / 254) - low * np.float32(1 / 254)
+        # Adds nothing, but a NaN where the group is not finite.
+        step16 = _round_up_bf16(step + 0.0 * _group_max(x32))
         step = step16.astype(jnp.float32)[..., None]
         divisor = jnp.maximum(step, _TINY)
         zero = jnp.ceil(-low[..., None] / divisor)
@@ -324,6 +326,17 @@ def _noise(
     if seed is None:
         return np.float32(0.5)
     return groups.split(hashing.uniform(seed, shape), group)
+
+
+def _group_max(x: jax.Array, at_least: float = 0.0) -> jax.Array:
+    """The largest magnitude of each group; NaN if one is.
+
+    Magnitudes are in the order of their bits. A maximum of integers never loses a NaN,
+    as XLA's CPU backend does with floats, and is computed in vectors.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
+    bits = jnp.maximum(jnp.max(bits, axis=-1), np.float32(at_least).view(np.int32))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.jit

@@ -18,20 +18,25 @@ PyTree = Any
 Codecs = str | Codec | Mapping[str, str | Codec | None] | None
 
 SIGNED_FIELDS = frozenset(
-    {"mu", "trace", "m", "m1", "m2", "momentum", "ema", "exp_avg"}
+    {"mu", "trace", "m", "momentum", "ema", "exp_avg", "previous_gradient"}
 )
-UNSIGNED_FIELDS = frozenset(
-    {"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq", "e_g", "e_x"}
-)
+UNSIGNED_FIELDS = frozenset({"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq"})
 FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
     {
         # Adan's v averages differences of gradients; its second moment is n.
         "ScaleByAdanState": {"m": True, "v": True, "n": False, "g": True},
+        "ScaleBySimplifiedAdEMAMixState": {"m": True, "n": False},
+        # SM3 keeps its momentum in nu; mu is one array for each axis.
+        "ScaleBySM3State": {"nu": True},
         # A Hessian's diagonal may be negative.
         "SophiaState": {"mu": True, "nu": True},
         # sqrt(nu - mu**2): the smallest error in either turns it into a NaN.
         "ScaleByRStdDevState": {"mu": None, "nu": None},
         "ScaleByRStdDevWithCountState": {"mu": None, "nu": None},
+        # e_x grows by e_x * g**2 / e_g: noise in e_g makes it grow without end.
+        "ScaleByAdaDeltaState": {"e_g": None, "e_x": False},
+        # At b3=0.9999 rounding adds more to the average than the gradients do.
+        "ScaleByAdemamixState": {"m1": True, "m2": None, "nu": False},
     }
 )
 """State classes whose fields mean something else: signed, unsigned, or left alone."""

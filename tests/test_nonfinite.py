@@ -1,0 +1,107 @@
+"""NaN and inf in gradients: loud, local to groups, and how to skip such a step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_flash
+from optax_flash.flax import TrainState
+
+GROUP = 32
+
+
+@pytest.fixture(params=[np.nan, np.inf, -np.inf], name="bad")
+def bad_fixture(request):
+    return request.param
+
+
+def gradients(bad):
+    grads = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    broken = grads.copy()
+    broken[3, 40] = bad
+    return jnp.asarray(grads), jnp.asarray(broken)
+
+
+def test_a_bad_gradient_is_never_silent(bad):
+    """The update is not finite at once, and the group stays so: the loss will tell."""
+    grads, broken = gradients(bad)
+    params = jnp.ones_like(grads)
+    tx = optax_flash.adamw8(1e-3)
+    update = jax.jit(tx.update)
+    updates, state = update(broken, tx.init(params), params)
+    assert not np.isfinite(updates[3, 40])
+    assert np.sum(~np.isfinite(updates)) == 1
+    after, _ = update(grads, state, params)
+    group = np.zeros((64, 128), bool)
+    group[3, GROUP : 2 * GROUP] = True
+    np.testing.assert_array_equal(~np.isfinite(np.asarray(after)), group)
+
+
+def test_other_groups_do_not_notice(bad):
+    grads, broken = gradients(bad)
+    params = jnp.ones_like(grads)
+    tx = optax_flash.adamw8(1e-3)
+    update = jax.jit(tx.update)
+    _, state = update(broken, tx.init(params), params)
+    _, healthy = update(grads, tx.init(params), params)
+    outside = np.ones((64, 128), bool)
+    outside[3, GROUP : 2 * GROUP] = False
+    for field in ("mu", "nu"):
+        codes = [optax.tree.get(s, field) for s in (state, healthy)]
+        np.testing.assert_array_equal(*(np.asarray(c)[outside] for c in codes))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=10),
+        # With finished params the check goes inside.
+        lambda tx: tx,
+    ],
+    ids=["outside", "inside"],
+)
+def test_apply_if_finite_keeps_state_and_weights(bad, wrap):
+    grads, broken = gradients(bad)
+    params = jax.random.normal(jax.random.key(0), grads.shape).astype(jnp.bfloat16)
+    inner = optax_flash.adamw8(1e-3)
+    if wrap(inner) is inner:
+        inner = optax.apply_if_finite(inner, max_consecutive_errors=10)
+        tx = optax_flash.master_weights(inner, finished=True)
+    else:
+        tx = wrap(optax_flash.master_weights(inner))
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params), grads)
+    after, state_after = step(params, state, broken)
+    chex.assert_trees_all_equal(after, params)
+    chex.assert_trees_all_equal(
+        optax_flash.master_params(after, state_after),
+        optax_flash.master_params(params, state),
+    )
+    for field in ("mu", "nu", "count", "mu_scales", "nu_scales"):
+        chex.assert_trees_all_equal(
+            *(optax.tree.get(s, field) for s in (state_after, state))
+        )
+    healed, _ = step(after, state_after, grads)
+    assert np.all(np.isfinite(np.asarray(healed, np.float32)))
+
+
+def test_train_state_skips_with_the_check_inside(bad):
+    """The recipe for ``optax_flash.flax.TrainState``."""
+    tx = optax.apply_if_finite(optax_flash.adamw8(1e-3), max_consecutive_errors=10)
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 128))}
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    step = jax.jit(lambda s, g: s.apply_gradients(grads={"w": g}))
+    grads, broken = gradients(bad)
+    state = step(state, grads.astype(jnp.bfloat16))
+    after = step(state, broken.astype(jnp.bfloat16))
+    chex.assert_trees_all_equal(after.fp32_params(), state.fp32_params())
+    chex.assert_trees_all_equal(after.params, state.params)
+    assert np.all(np.isfinite(step(after, grads).fp32_params()["w"]))
