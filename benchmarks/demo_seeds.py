@@ -41,7 +41,7 @@ def summarize(losses: dict[str, list[float]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=None, help="the demo's by default")
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     losses: dict[str, list[float]] = {}
