@@ -33,14 +33,14 @@ OPTIMIZERS = {
     "adamw": (adamw(optax.adamw), 2e-3),
     "adam": (plain(optax.adam, b2=0.95), 2e-3),
     "nadamw": (adamw(optax.nadamw), 2e-3),
-    "lion": (lion(optax.lion), 3e-4),
+    "lion": (lion(optax.lion), 1e-3),
     "sgd": (plain(optax.sgd, momentum=0.9), 0.3),
-    "rmsprop": (plain(optax.rmsprop, decay=0.95), 1e-3),
-    "adafactor": (plain(optax.adafactor), 2e-3),
+    "rmsprop": (plain(optax.rmsprop, decay=0.95), 2e-3),
+    "adafactor": (plain(optax.adafactor), 1e-2),
     # The same, with their state in 8 bits.
     "adamw8": (adamw(optax_flash.adamw8), 2e-3),
     "adam8": (plain(optax_flash.adam8, b2=0.95), 2e-3),
-    "lion8": (lion(optax_flash.lion8), 3e-4),
+    "lion8": (lion(optax_flash.lion8), 1e-3),
     "sgd8": (plain(optax_flash.sgd8, momentum=0.9), 0.3),
 }
 

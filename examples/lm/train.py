@@ -92,9 +92,7 @@ class TrainConfig:
 
 class Result(NamedTuple):
     state: TrainState
-    history: list[
-        dict[str, Any]
-    ]  # a row a step: step, loss, and val_loss when measured
+    history: list[dict[str, Any]]  # a row a step: step, loss, at times val_loss
     summary: dict[str, Any]  # what summary.json holds
 
 
