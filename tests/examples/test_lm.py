@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -156,20 +155,21 @@ def test_learns_more_than_byte_frequencies(config, options):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_every_optimizer_takes_steps(config, name):
+def test_every_optimizer_takes_steps(config, sources, name):
     # Each on the weights it is meant for; ours would take float32 just as well.
     param_dtype = "bfloat16" if name.endswith("8") else "float32"
     config = dataclasses.replace(
-        config, optimizer=name, param_dtype=param_dtype, steps=2, warmup=0
+        config, optimizer=name, param_dtype=param_dtype, warmup=0
     )
-    before = train.weights(train.init_state(config))
-    state, history, summary = train.train(config, TEXTS)
-    assert [math.isfinite(row["loss"]) for row in history] == [True, True]
-    assert math.isfinite(summary["val_loss"])
-    moved = jax.tree.map(
-        lambda p, q: bool((p != q).any()), train.weights(state), before
-    )
-    assert all(jax.tree.leaves(moved))
+    batches = data.batches(sources["train"], config.batch_size, config.seed)
+    state, losses = train.init_state(config), []
+    before = jax.tree.map(np.array, train.weights(state))  # copied: steps donate it
+    for k in range(3):
+        state, loss = train.train_step(state, batches[k])
+        losses.append(float(loss))  # the last is that of the weights after two steps
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    moved = jax.tree.map(lambda p, q: (p != q).any(), train.weights(state), before)
+    assert all(map(bool, jax.tree.leaves(moved)))
 
 
 @pytest.mark.parametrize(
