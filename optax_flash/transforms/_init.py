@@ -56,6 +56,21 @@ def like_float32(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
     return jnp.asarray(x).astype(jnp.float32)
 
 
+def not_constant(state: PyTree) -> PyTree:
+    """The same state, of which the compiler does not know that it is zeros.
+
+    XLA would encode the zeros while it compiles, element by element: seconds for a
+    state that takes milliseconds to make.
+    """
+    zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.float32))
+
+    def add(x: Any) -> Any:
+        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        return x + zero.astype(x.dtype) if is_float else x
+
+    return jax.tree.map(add, state)
+
+
 def stub(x: Any, dtype: jax.typing.DTypeLike) -> Any:
     """What stands beside a leaf that needs no scales or residual: zeros ``(*rows, 1)``.
 

@@ -103,6 +103,7 @@ def compress(
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
+        inner_state = _init.not_constant(inner_state)
         codecs = _codecs_at_init(rules, inner_state, params)
         return _encode(rules, codecs, inner_state, params, jnp.zeros([], jnp.int32))
 
