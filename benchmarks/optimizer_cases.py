@@ -76,7 +76,7 @@ def cases() -> dict[str, Case]:
         "lbfgs": Case(
             optax.lbfgs(),
             ("value", "grad", "value_fn"),
-            note="the memory has not the params' shapes",
+            note="its memory is not shaped like params",
         ),
         "lion": Case(optax.lion(1e-3)),
         "nadam": Case(optax.nadam(3e-3)),
@@ -169,11 +169,6 @@ def left_alone() -> dict[str, LeftAlone]:
         "contrib.madgrad": LeftAlone(
             contrib.madgrad(1e-2), {"s": SIGNED}, "params are computed from it"
         ),
-        "contrib.cocob": LeftAlone(
-            contrib.cocob(),
-            {"cumulative_gradients": SIGNED},
-            "params are computed from it",
-        ),
         "contrib.schedule_free_adamw": LeftAlone(
             contrib.schedule_free_adamw(1e-2), {"z": SIGNED}, "it is the params"
         ),
@@ -190,7 +185,7 @@ def left_alone() -> dict[str, LeftAlone]:
         "amsgrad": LeftAlone(
             optax.amsgrad(3e-3),
             {"nu": UNSIGNED},
-            "in codes all the same: nu_max keeps the largest nu, noise included, so "
-            "steps get smaller",
+            "(in codes by default) nu_max keeps the largest nu, noise included, so "
+            "steps shrink",
         ),
     }

@@ -42,7 +42,7 @@ which trains a model of {size:,} parameters (embedding, hidden layer, readout: i
 predicts a token from the two before it) with every optimizer of `optax` and
 `optax.contrib`, as it is and compressed, for {steps} steps of {batch} examples. The
 loss is that of 4,096 unseen examples, {start:.2f} before training: the mean of {seeds}
-seeds ± half their range, on the same batches for both. Learning rates were chosen once
+seeds ± half their range. Both see the same batches. Learning rates were chosen once
 for the stock optimizer. State bytes are all bytes of the state over all parameters.
 
 The verdict is **works** where the mean loss exceeds the stock optimizer's by no more
@@ -57,20 +57,21 @@ Fields that `compress` does not know stay in float32, and so do those that round
 harms. Here each is put in codes by `compress(optimizer, {{field: codec}})`. Loss: as
 above, after {long_steps:,} steps. Updates: their RMS, stock → in codes, in the last 500
 of {stream_steps:,} steps at fixed params, with gradients from a distribution that does
-not change; its elements have sizes of one order of magnitude and more in every group.
+not change and whose elements' sizes are lognormal (sigma 1).
+
 """
 
 NOTES = """\
 
-- AdEMAMix's m2 does its harm slowly. After 20,000 steps
-  (`python benchmarks/optimizer_table.py --long-steps 20000 ademamix`) the loss is
-  @M2@.
-- `compress` keeps AMSGrad's nu in codes: the losses do not differ. Where the smaller
-  steps matter, `compress(optimizer, {"nu": None})` avoids them.
-- L-BFGS keeps several arrays for each param and GaLore smaller ones. Only arrays of the
-  param's shape are compressed; for GaLore, compress its base optimizer.
-- `contrib.dpsgd` takes a gradient for each example. Aggregate before `compress`.
-- The update of a field given as `{"field": codec}` works for fields nobody knows, too:
+- The harm grows with the steps: after 20,000
+  (`python benchmarks/optimizer_table.py --long-steps 20000 ademamix`) AdEMAMix has a
+  loss of 2.855 ± 0.008 as it is and of 2.863 ± 0.009 (+0.28 %) with m2 in codes.
+- AMSGrad's nu is in codes by default, since the losses do not differ. Where smaller
+  steps matter, `compress(optax.amsgrad(...), {"nu": None})` avoids them.
+- L-BFGS keeps several arrays for each param, GaLore smaller ones. Only arrays of the
+  param's shape are compressed. For GaLore, compress the base optimizer.
+- `contrib.dpsgd` takes a gradient for each example: aggregate before `compress`.
+- A field that nobody knows is compressed when it is named, as in
   `compress(optax.contrib.prodigy(), {"grad_sum": "companded8"})`.
 """
 
@@ -85,15 +86,21 @@ def init_params(key: jax.Array) -> optax.Params:
     return params | {"bias": jnp.zeros(TOKENS)}
 
 
+def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Tokens by inverse transform, from one random number each."""
+    below = jnp.cumsum(jax.nn.softmax(logits), axis=-1) < uniform
+    return jnp.minimum(jnp.sum(below, axis=-1), TOKENS - 1)
+
+
 def sample(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Pairs of tokens and what follows. Like words, few are frequent and most rare."""
-    pairs, following = jax.random.split(key)
+    uniform = jax.random.uniform(key, (count, 3, 1))
     log_frequency = -jnp.log(jnp.arange(1.0, TOKENS + 1))
-    x = jax.random.categorical(pairs, log_frequency, shape=(count, 2))
+    x = draw(log_frequency, uniform[:, :2])
     # What follows depends on both, through tables that are the same for every seed.
     tables = jax.random.normal(jax.random.key(7), (2, TOKENS, TOKENS))
     logits = log_frequency + 1.5 * (tables[0][x[:, 0]] + tables[1][x[:, 1]])
-    return x, jax.random.categorical(following, logits)
+    return x, draw(logits, uniform[:, 2])
 
 
 def loss_fn(params: optax.Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -264,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="*", help="only rows that have one of these")
     parser.add_argument("--steps", type=int, default=400, help="of the first table")
-    parser.add_argument("--long-steps", type=int, default=4000, help="of the second")
+    parser.add_argument("--long-steps", type=int, default=2000, help="of the second")
     args = parser.parse_args()
     start = time.perf_counter()
 
@@ -303,7 +310,7 @@ def main() -> None:
     }
     DOCS.mkdir(exist_ok=True)
     text = INTRODUCTION.format(**numbers) + "\n" + first
-    text += SECOND_PART.format(**numbers) + "\n" + second + NOTES
+    text += SECOND_PART.format(**numbers) + second + NOTES
     (DOCS / "optimizers.md").write_text(text)
 
 
