@@ -80,7 +80,7 @@ def test_another_tree(wrap, change, message):
 def test_gradients_unlike_the_params():
     tx = master_weights(optax.sgd(1e-3))
     grads = {"layer": {"kernel": jnp.ones((64, 64))}}
-    with pytest.raises(ValueError, match="'layer/bias'"):
+    with pytest.raises(ValueError, match="gradients: 'layer/bias' is missing"):
         tx.update(grads, tx.init(PARAMS), PARAMS)
 
 

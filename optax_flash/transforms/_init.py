@@ -65,8 +65,9 @@ def not_constant(state: PyTree) -> PyTree:
     zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.float32))
 
     def add(x: Any) -> Any:
-        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-        return x + zero.astype(x.dtype) if is_float else x
+        # Scalars cost nothing, and may be weakly typed, which adding would change.
+        large = getattr(x, "ndim", 0) > 0 and jnp.issubdtype(x.dtype, jnp.floating)
+        return x + zero.astype(x.dtype) if large else x
 
     return jax.tree.map(add, state)
 

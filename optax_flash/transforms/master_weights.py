@@ -132,7 +132,7 @@ def master_weights(
                 "master_weights: update needs the params, the residual is a part of "
                 "them. Call update(grads, state, params)."
             )
-        _mirror.check_mirrors(updates, params, "master_weights: the params")
+        _mirror.check_mirrors(params, updates, "master_weights: the gradients")
         _check_state(residual_codec, state, params)
         inner_updates, inner_state = inner.update(
             jax.tree.map(_init.like_float32, updates),
