@@ -163,14 +163,13 @@ def memory_report(
 
 def _bytes_of_params(state: Any, params: Any) -> collections.Counter[str]:
     """Bytes of the state that mirror a param, by its path."""
-    structure = jax.tree.structure(params)
     paths = _mirror.leaf_paths(params)
     counts: collections.Counter[str] = collections.Counter()
     parts, _ = _mirror.split_state(state, params)
     for part in parts:
         # Where the params are a single array, any number would mirror it.
         if isinstance(part, _mirror.Mirror) and _is_state_field(part, paths):
-            for path, x in zip(paths, structure.flatten_up_to(part.tree), strict=True):
+            for path, x in zip(paths, part.entries, strict=True):
                 counts[path] += _nbytes(x)
     return counts
 

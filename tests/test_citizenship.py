@@ -290,6 +290,28 @@ class TestWrappers:
                 updates["bias"], jax.tree.map(lambda g: -0.1 * g, grads["bias"])
             )
 
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            optax.masked(optax.adam(0.1), {"kernel": True, "frozen": False}),
+            optax.partition(
+                {"on": optax.adam(0.1), "off": optax.set_to_zero()},
+                {"kernel": "on", "frozen": "off"},
+            ),
+        ],
+        ids=["masked", "partition"],
+    )
+    def test_a_prefix_masks_a_subtree_inside(self, inner):
+        """One MaskedNode stands for all params of the subtree."""
+        params = {"kernel": make_params()["kernel"], "frozen": make_params()}
+        tx = optax_flash.compress(inner)
+        state = tx.init(params)
+        assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.uint8
+        updates, new_state = jax.jit(tx.update)(params, state, params)
+        assert_same_avals(new_state, state)
+        expected, _ = inner.update(params, inner.init(params), params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
     @pytest.mark.parametrize("name", ["adamw8", "adam8", "lion8", "sgd8"])
     def test_inject_hyperparams(self, name, dtype):
         """Half-precision params too, with hyperparameters kept in float32."""

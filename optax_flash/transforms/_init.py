@@ -101,19 +101,17 @@ def _state_shardings(
     replicated = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(lambda p: init(p), params)
     parts, join = _mirror.split_state(state, params)
-    structure = jax.tree.structure(params)
 
-    def shardings(tree: PyTree) -> PyTree:
-        entries = structure.flatten_up_to(tree)
+    def shardings(part: _mirror.Mirror) -> PyTree:
         fitted = [
             _fit(p.sharding, x) if hasattr(x, "shape") else x
-            for p, x in zip(jax.tree.leaves(params), entries, strict=True)
+            for p, x in zip(jax.tree.leaves(params), part.entries, strict=True)
         ]
-        return structure.unflatten(fitted)
+        return part.rebuild(fitted)
 
     return join(
         [
-            shardings(part.tree) if isinstance(part, _mirror.Mirror) else replicated
+            shardings(part) if isinstance(part, _mirror.Mirror) else replicated
             for part in parts
         ]
     )

@@ -19,11 +19,15 @@ class Mirror(NamedTuple):
         the state is no NamedTuple.
       owner: the class name of the node that holds the field.
       tree: the subtree.
+      entries: what it has in the place of each param: an array, or MaskedNode or None.
+      rebuild: makes a tree like it of other entries.
     """
 
     name: str
     owner: str
     tree: PyTree
+    entries: list[Any]
+    rebuild: Callable[[list[Any]], PyTree]
 
 
 def split_state(
@@ -32,24 +36,26 @@ def split_state(
     """Cuts a state into subtrees that mirror ``params`` and all its other leaves.
 
     A subtree mirrors the params when it has their structure with an array, or nothing
-    (as under ``optax.masked``), in place of every param. Shapes do not matter.
+    (as under ``optax.masked``), in place of every param; one MaskedNode may stand for
+    all params below it. Shapes do not matter.
 
     Returns:
       ``(parts, join)``: ``parts`` holds a :class:`Mirror` for every mirroring subtree
       and other leaves as they are, in the state's order; ``join(parts)`` takes a
       subtree or leaf in the place of each and rebuilds the state.
     """
-    structure = jax.tree.structure(params)
 
     def mirrors(node: PyTree) -> bool:
-        return _entries(structure, node) is not None
+        return _entries(node, params) is not None
 
-    entries, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=mirrors)
-    parts = [
-        Mirror(_name(path), _owner(state, path), node) if mirrors(node) else node
-        for path, node in entries
-    ]
-    return parts, treedef.unflatten
+    def part(path: tuple[Key, ...], node: PyTree) -> Mirror | Any:
+        found = _entries(node, params)
+        if found is None:
+            return node
+        return Mirror(_name(path), _owner(state, path), node, *found)
+
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=mirrors)
+    return [part(path, node) for path, node in nodes], treedef.unflatten
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -73,7 +79,7 @@ def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
       params: params, gradients or updates.
       what: begins the message, as in ``"compress: the gradients"``.
     """
-    if _entries(jax.tree.structure(params), tree) is not None:
+    if _entries(tree, params) is not None:
         return
     found, expected = leaf_paths(params), leaf_paths(tree)
     missing = [path for path in expected if path not in set(found)]
@@ -110,18 +116,36 @@ def check_floating(params: PyTree, what: str) -> None:
             )
 
 
-def _entries(structure: Any, tree: PyTree) -> list[Any] | None:
-    """What a tree has in the place of each param; None if it does not mirror them."""
+def _entries(
+    tree: PyTree, params: PyTree
+) -> tuple[list[Any], Callable[[list[Any]], PyTree]] | None:
+    """A mirroring tree's entries and how to rebuild it; None if it does not mirror."""
+    structure = jax.tree.structure(params)
     node = structure.node_data()
     if node is not None and type(tree) is not node[0]:
         # Seen at a glance; the exception below would print the whole tree first.
         return None
+    leaves, prefix = jax.tree.flatten(tree, is_leaf=_is_absent)
+    if not all(_is_array(x) or _is_absent(x) for x in leaves):
+        return None
     try:
-        entries = structure.flatten_up_to(tree)
+        below = [jax.tree.structure(x).num_leaves for x in prefix.flatten_up_to(params)]
     except (ValueError, TypeError, KeyError):
         return None
-    mirrors = all(_is_array(x) or _is_absent(x) for x in entries)
-    return entries if mirrors else None
+    if any(n != 1 for x, n in zip(leaves, below, strict=True) if _is_array(x)):
+        return None
+    entries = [x for x, n in zip(leaves, below, strict=True) for _ in range(n)]
+
+    def rebuild(entries: list[Any]) -> PyTree:
+        remaining = iter(entries)
+        # Where one absent leaf stands for several params, or for none, it stays.
+        rebuilt = []
+        for x, n in zip(leaves, below, strict=True):
+            new = [next(remaining) for _ in range(n)]
+            rebuilt.append(new[0] if _is_array(x) else x)
+        return prefix.unflatten(rebuilt)
+
+    return entries, rebuild
 
 
 def _is_array(x: Any) -> bool:

@@ -139,7 +139,7 @@ def _codecs_at_init(
         [
             rules.codec_at_init(field, path, shape, x)
             for path, shape, x in zip(
-                paths, shapes, _entries(parts, field, params), strict=True
+                paths, shapes, list(parts[field.part].entries), strict=True
             )
         ]
         for field in rules.fields(parts)
@@ -161,7 +161,7 @@ def _encode(
     parts, join = _mirror.split_state(inner_state, params)
     fields = rules.fields(parts)
     structure = jax.tree.structure(params)
-    values = [_entries(parts, field, params) for field in fields]
+    values = [list(parts[field.part].entries) for field in fields]
     if old_scales is None:
         scales = [
             [None if codec else _init.stub(x, jnp.bfloat16) for x, codec in pairs]
@@ -182,7 +182,7 @@ def _encode(
         for j, (codes, scale) in zip(stored, pairs, strict=True):
             values[j][i], scales[j][i] = codes, scale
     for field, entries in zip(fields, values, strict=True):
-        parts[field.part] = structure.unflatten(entries)
+        parts[field.part] = parts[field.part].rebuild(entries)
     return CompressState(
         step=step,
         inner_state=join(_trees(parts)),
@@ -200,7 +200,7 @@ def _decode(
     parts, join = _checked_parts(rules, state, updates)
     fields = rules.fields(parts)
     structure = jax.tree.structure(updates)
-    values = [_entries(parts, field, updates) for field in fields]
+    values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
     paths = _mirror.leaf_paths(updates)
     shapes = [u.shape for u in jax.tree.leaves(updates)]
@@ -222,7 +222,7 @@ def _decode(
         for j, x in zip(stored, arrays, strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):
-        parts[field.part] = structure.unflatten(entries)
+        parts[field.part] = parts[field.part].rebuild(entries)
     return join(_trees(parts)), codecs
 
 
@@ -311,11 +311,6 @@ def _decode_leaf(
         codec.decode(codes, scales, shape)
         for codec, (codes, scales) in zip(codecs, pairs, strict=True)
     ]
-
-
-def _entries(parts: list[Any], field: Field, params: PyTree) -> list[Any]:
-    """What a field holds for each param: an array, or MaskedNode or None."""
-    return jax.tree.structure(params).flatten_up_to(parts[field.part].tree)
 
 
 def _trees(parts: list[Any]) -> list[Any]:
