@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-SIZE = 32
+SIZE = 8
 """Leaves in a bundle; the rest of a kind makes a smaller one."""
 
 

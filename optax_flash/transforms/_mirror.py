@@ -125,6 +125,18 @@ def _entries(
     if node is not None and type(tree) is not node[0]:
         # Seen at a glance; the exception below would print the whole tree first.
         return None
+    try:
+        entries = structure.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError):
+        return _entries_of_prefix(tree, params)
+    mirrors = all(_is_array(x) or _is_absent(x) for x in entries)
+    return (entries, structure.unflatten) if mirrors else None
+
+
+def _entries_of_prefix(
+    tree: PyTree, params: PyTree
+) -> tuple[list[Any], Callable[[list[Any]], PyTree]] | None:
+    """The same for a tree in which one absent leaf may stand for several params."""
     leaves, prefix = jax.tree.flatten(tree, is_leaf=_is_absent)
     if not all(_is_array(x) or _is_absent(x) for x in leaves):
         return None
