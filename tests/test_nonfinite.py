@@ -1,5 +1,7 @@
 """NaN and inf in gradients: loud, local to groups, and how to skip such a step."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -55,23 +57,19 @@ def test_other_groups_do_not_notice(bad):
 
 
 @pytest.mark.parametrize(
-    "wrap",
+    "make",
     [
-        lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=10),
+        lambda check, tx: check(optax_flash.master_weights(tx)),
         # With finished params the check goes inside.
-        lambda tx: tx,
+        lambda check, tx: optax_flash.master_weights(check(tx), finished=True),
     ],
     ids=["outside", "inside"],
 )
-def test_apply_if_finite_keeps_state_and_weights(bad, wrap):
+def test_apply_if_finite_keeps_state_and_weights(bad, make):
     grads, broken = gradients(bad)
     params = jax.random.normal(jax.random.key(0), grads.shape).astype(jnp.bfloat16)
-    inner = optax_flash.adamw8(1e-3)
-    if wrap(inner) is inner:
-        inner = optax.apply_if_finite(inner, max_consecutive_errors=10)
-        tx = optax_flash.master_weights(inner, finished=True)
-    else:
-        tx = wrap(optax_flash.master_weights(inner))
+    check = functools.partial(optax.apply_if_finite, max_consecutive_errors=10)
+    tx = make(check, optax_flash.adamw8(1e-3))
 
     @jax.jit
     def step(params, state, grads):

@@ -139,7 +139,7 @@ def _codecs_at_init(
         [
             rules.codec_at_init(field, path, shape, x)
             for path, shape, x in zip(
-                paths, shapes, list(parts[field.part].entries), strict=True
+                paths, shapes, parts[field.part].entries, strict=True
             )
         ]
         for field in rules.fields(parts)

@@ -143,6 +143,7 @@ def master_weights(
         step = optax.safe_increment(state.step)
         structure = jax.tree.structure(params)
         grads = structure.flatten_up_to(updates)
+        paths = _mirror.leaf_paths(params)
         stepped = _bundle.map_leaves(
             _step_leaf,
             [(residual_codec, None if finished else g.dtype) for g in grads],
@@ -150,12 +151,11 @@ def master_weights(
             structure.flatten_up_to(params),
             structure.flatten_up_to(state.residual),
             structure.flatten_up_to(inner_updates),
-            [hashing.salt(path) for path in _mirror.leaf_paths(params)],
+            [hashing.salt(path) for path in paths],
         )
         produced = [new for _, new, _ in stepped]
         if finished:
-            names = _mirror.leaf_paths(params)
-            new_updates = [FinishedParam(*x) for x in zip(produced, names, strict=True)]
+            new_updates = [FinishedParam(*x) for x in zip(produced, paths, strict=True)]
         else:
             new_updates = [u for u, _, _ in stepped]
         return structure.unflatten(new_updates), MasterWeightsState(
