@@ -55,26 +55,56 @@ class Codec(abc.ABC):
                 f"{self.group!r}. Pass for example group=32."
             )
 
-    @abc.abstractmethod
     def encode(
-        self, x: jax.Array, seed: jax.Array | None = None
+        self, x: jax.Array, bits: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Stores an array.
 
         Args:
           x: float array of any shape; computed on in float32.
-          seed: scalar uint32 that decides the stochastic rounding, see
-            :func:`optax_flash.numerics.hashing.fold`; None rounds to nearest.
+          bits: uint32 array of the same shape that decides the stochastic rounding,
+            see :func:`optax_flash.numerics.hashing.bits`; None rounds to nearest.
 
         Returns:
           ``(codes, scales)``.
         """
+        x32 = groups.split(x.astype(jnp.float32), self.group)
+        if bits is not None:
+            bits = groups.split(bits, self.group)
+        codes, planes = self.encode_groups(x32, bits)
+        scales = jnp.stack(planes, axis=-1).reshape(self.scales_shape(x.shape))
+        return groups.merge(codes, x.shape), scales
 
-    @abc.abstractmethod
     def decode(
         self, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
     ) -> jax.Array:
         """The float32 array of ``shape`` that ``(codes, scales)`` stand for."""
+        pairs = groups.split(scales, self.scales_per_group)
+        planes = tuple(pairs[..., i] for i in range(self.scales_per_group))
+        return groups.merge(
+            self.decode_groups(groups.split(codes, self.group), planes), shape
+        )
+
+    @abc.abstractmethod
+    def encode_groups(
+        self, x: jax.Array, bits: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Stores groups: what :meth:`encode` and every kernel do with a tile.
+
+        Args:
+          x: float32 of shape ``(..., group)``.
+          bits: uint32 of the same shape, or None.
+
+        Returns:
+          Codes, uint8 of the shape of ``x``, and ``scales_per_group`` arrays of shape
+          ``(...,)``.
+        """
+
+    @abc.abstractmethod
+    def decode_groups(
+        self, codes: jax.Array, scales: tuple[jax.Array, ...]
+    ) -> jax.Array:
+        """The inverse of :meth:`encode_groups`, float32."""
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the codes of an array of ``shape``."""
@@ -122,12 +152,11 @@ class Companded8(Codec):
     name: ClassVar[str] = "companded8"
     scale_dtype: ClassVar[DTypeLike] = jnp.bfloat16
 
-    def encode(
-        self, x: jax.Array, seed: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        x32 = groups.split(x.astype(jnp.float32), self.group)
-        noise = _noise(seed, x.shape, self.group)
-        magnitude = jnp.abs(x32) if self.signed else jnp.sqrt(x32)
+    def encode_groups(
+        self, x: jax.Array, bits: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        noise = _noise(bits)
+        magnitude = jnp.abs(x) if self.signed else jnp.sqrt(x)
         scales = _round_up_bf16(_group_max(magnitude))
         s = scales.astype(jnp.float32)[..., None]
         y = magnitude / jnp.maximum(s, _TINY)
@@ -136,28 +165,25 @@ class Companded8(Codec):
             # (y - value(k)) / (value(k + 1) - value(k)), with value(k) = k / (254 - k).
             upper = (y * (254.0 - k) - k) * (253.0 - k) * np.float32(1 / 254)
             k = jnp.minimum(k + (noise < upper), 127.0)
-            codes = _signed_bytes(k * jnp.sign(x32))
+            codes = _signed_bytes(k * jnp.sign(x))
         else:
             y = 255.0 * y
             k = jnp.floor(y)
             # The same with value(k) = k**2.
             upper = (y - k) * (y + k) / (2.0 * k + 1.0)
             k = jnp.minimum(k + (noise < upper), 255.0)
-            k = jnp.maximum(k, x32 > 0)
+            k = jnp.maximum(k, (x > 0).astype(jnp.float32))
             codes = _unsigned_bytes(k)
-        return groups.merge(codes, x.shape), scales
+        return codes, (scales,)
 
-    def decode(
-        self, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
+    def decode_groups(
+        self, codes: jax.Array, scales: tuple[jax.Array, ...]
     ) -> jax.Array:
-        s = scales.astype(jnp.float32)[..., None]
-        codes = groups.split(codes, self.group)
+        s = scales[0].astype(jnp.float32)[..., None]
         if self.signed:
             k = _from_signed_bytes(codes)
-            x = s * (k / (254.0 - jnp.abs(k)))
-        else:
-            x = jnp.square(_from_unsigned_bytes(codes) * (s * _BELOW_1_255TH))
-        return groups.merge(x, shape)
+            return s * (k / (254.0 - jnp.abs(k)))
+        return jnp.square(_from_unsigned_bytes(codes) * (s * _BELOW_1_255TH))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,38 +219,34 @@ class FlashOptim8(Codec):
     name: ClassVar[str] = "flashoptim"
     scale_dtype: ClassVar[DTypeLike] = jnp.float16
 
-    def encode(
-        self, x: jax.Array, seed: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        del seed  # The published rounding is deterministic.
-        x32 = groups.split(x.astype(jnp.float32), self.group)
-        magnitude = jnp.abs(x32) if self.signed else jnp.sqrt(x32)
+    def encode_groups(
+        self, x: jax.Array, bits: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        del bits  # The published rounding is deterministic.
+        magnitude = jnp.abs(x) if self.signed else jnp.sqrt(x)
         s = _group_max(magnitude, at_least=1e-12)
         # XLA would divide by a bare broadcast through its reciprocal, which is another
         # last bit for a quarter of the values and another code for one in a million.
         divisor = jnp.where(magnitude == 0, 1.0, s[..., None])
         if self.signed:
-            y = x32 / divisor
+            y = x / divisor
             z = 2.0 * y / (1.0 + jnp.abs(y))
             codes = _signed_bytes(jnp.floor(127.0 * z + 0.5))
         else:
             codes = _unsigned_bytes(jnp.floor(255.0 * (magnitude / divisor) + 0.5))
-        return groups.merge(codes, x.shape), s.astype(jnp.float16)
+        return codes, (s.astype(jnp.float16),)
 
-    def decode(
-        self, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
+    def decode_groups(
+        self, codes: jax.Array, scales: tuple[jax.Array, ...]
     ) -> jax.Array:
-        s = scales.astype(jnp.float32)[..., None]
-        codes = groups.split(codes, self.group)
+        s = scales[0].astype(jnp.float32)[..., None]
         # XLA multiplies by the reciprocal where it is asked to divide by 127 or 255.
         # These forms round less often, and stay within 3 ulp of the published order.
         if self.signed:
             k = _from_signed_bytes(codes)
-            x = k / (254.0 - jnp.abs(k)) * s
-        else:
-            k = _from_unsigned_bytes(codes)
-            x = jnp.square(k) * (jnp.square(s) * np.float32(1 / 255**2))
-        return groups.merge(x, shape)
+            return k / (254.0 - jnp.abs(k)) * s
+        k = _from_unsigned_bytes(codes)
+        return jnp.square(k) * (jnp.square(s) * np.float32(1 / 255**2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,35 +280,28 @@ class Affine8(Codec):
     scale_dtype: ClassVar[DTypeLike] = jnp.bfloat16
     scales_per_group: ClassVar[int] = 2
 
-    def encode(
-        self, x: jax.Array, seed: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        x32 = groups.split(x.astype(jnp.float32), self.group)
-        noise = _noise(seed, x.shape, self.group)
-        low = jnp.minimum(jnp.min(x32, axis=-1), 0.0)
-        high = jnp.maximum(jnp.max(x32, axis=-1), 0.0)
+    def encode_groups(
+        self, x: jax.Array, bits: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        low = jnp.minimum(jnp.min(x, axis=-1), 0.0)
+        high = jnp.maximum(jnp.max(x, axis=-1), 0.0)
         step = high * np.float32(1 / 254) - low * np.float32(1 / 254)
         # Adds nothing, but a NaN where the group is not finite.
-        step16 = _round_up_bf16(step + 0.0 * _group_max(x32))
-        step = step16.astype(jnp.float32)[..., None]
-        divisor = jnp.maximum(step, _TINY)
-        zero = jnp.ceil(-low[..., None] / divisor)
-        y = x32 / divisor + zero
+        step16 = _round_up_bf16(step + 0.0 * _group_max(x))
+        divisor = jnp.maximum(step16.astype(jnp.float32), _TINY)
+        zero = jnp.ceil(-low / divisor)
+        y = x / divisor[..., None] + zero[..., None]
         k = jnp.floor(y)
-        k = jnp.clip(k + (noise < y - k), 0.0, 255.0)
+        k = jnp.clip(k + (_noise(bits) < y - k), 0.0, 255.0)
         if not self.signed:
-            k = jnp.maximum(k, x32 > 0)
-        scales = jnp.stack([step16, zero[..., 0].astype(jnp.bfloat16)], axis=-1)
-        scales = scales.reshape(self.scales_shape(x.shape))
-        return groups.merge(_unsigned_bytes(k), x.shape), scales
+            k = jnp.maximum(k, (x > 0).astype(jnp.float32))
+        return _unsigned_bytes(k), (step16, zero.astype(jnp.bfloat16))
 
-    def decode(
-        self, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
+    def decode_groups(
+        self, codes: jax.Array, scales: tuple[jax.Array, ...]
     ) -> jax.Array:
-        pairs = groups.split(scales.astype(jnp.float32), 2)
-        step, zero = pairs[..., :1], pairs[..., 1:]
-        k = _from_unsigned_bytes(groups.split(codes, self.group))
-        return groups.merge(step * (k - zero), shape)
+        step, zero = (s.astype(jnp.float32)[..., None] for s in scales)
+        return step * (_from_unsigned_bytes(codes) - zero)
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(
@@ -319,13 +334,9 @@ _BELOW_1_255TH = np.nextafter(np.float32(1 / 255), np.float32(0))
 """Rounded down, so that no code exceeds the scale: encoding again keeps the scale."""
 
 
-def _noise(
-    seed: jax.Array | None, shape: tuple[int, ...], group: int
-) -> jax.Array | np.float32:
+def _noise(bits: jax.Array | None) -> jax.Array | np.float32:
     """What a fractional code must exceed to be rounded up, for each element."""
-    if seed is None:
-        return np.float32(0.5)
-    return groups.split(hashing.uniform(seed, shape), group)
+    return np.float32(0.5) if bits is None else hashing.uniform(bits)
 
 
 def _group_max(x: jax.Array, at_least: float = 0.0) -> jax.Array:

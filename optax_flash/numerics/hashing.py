@@ -34,10 +34,20 @@ def salt(name: str) -> np.uint32:
 
 
 @jax.jit
+def start(step: jax.typing.ArrayLike) -> jax.Array:
+    """What all leaves share at one step: scalar uint32, see :func:`seed`."""
+    return mix(jnp.asarray(step).astype(jnp.uint32) + np.uint32(0x9E3779B9))
+
+
+def seed(start: jax.Array, salt: jax.typing.ArrayLike) -> jax.Array:
+    """The seed of one leaf at one step, from :func:`start` and :func:`salt`."""
+    return mix(start ^ salt)
+
+
+@jax.jit
 def fold(step: jax.typing.ArrayLike, salt: jax.typing.ArrayLike) -> jax.Array:
     """The seed of one leaf at one step: scalar uint32 from two scalars."""
-    step = jnp.asarray(step).astype(jnp.uint32)
-    return mix(mix(step + np.uint32(0x9E3779B9)) ^ jnp.asarray(salt, jnp.uint32))
+    return seed(start(step), jnp.asarray(salt, jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -63,9 +73,32 @@ def bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mix(index ^ seed)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def uniform(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform float32 in [0, 1), multiples of 2**-24; arguments as :func:`bits`."""
+def for_field(bits: jax.Array, field: int) -> jax.Array:
+    """The bits by which one of a leaf's state fields is rounded.
+
+    One hash serves a whole leaf. Two fields and the weights (:func:`for_weights`) take
+    it turned by 0, 11 and 22 places, so that they see disjoint leading bits, which
+    decide all but one rounding in two thousand; every further pair of fields mixes once
+    more. Each field's own bits are exactly as random as the hash.
+    """
+    for _ in range(field // 2):
+        bits = mix(bits)
+    return _turn(bits, 11 * (field % 2))
+
+
+def for_weights(bits: jax.Array) -> jax.Array:
+    """The bits by which a leaf's weights are rounded, see :func:`for_field`."""
+    return _turn(bits, 22)
+
+
+def _turn(bits: jax.Array, places: int) -> jax.Array:
+    if not places:
+        return bits
+    return (bits << np.uint32(places)) | (bits >> np.uint32(32 - places))
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Uniform float32 in [0, 1), multiples of 2**-24, from uint32."""
     # Through int32: CPUs convert signed integers to floats in vectors.
-    top = (bits(seed, shape) >> np.uint32(8)).astype(jnp.int32)
+    top = (bits >> np.uint32(8)).astype(jnp.int32)
     return top.astype(jnp.float32) * np.float32(2**-24)

@@ -25,8 +25,6 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from optax_flash.numerics import hashing
-
 SPLIT_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 """The dtypes that take a residual."""
 
@@ -65,20 +63,20 @@ class ResidualCodec(abc.ABC):
 
     @abc.abstractmethod
     def split(
-        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+        self, weight: jax.Array, dtype: DTypeLike, bits: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """``(param, residual)`` of a float32 weight; both of its shape.
 
         Args:
           weight: float32, any shape.
           dtype: the param's dtype, bfloat16 or float16.
-          seed: scalar uint32 that decides the stochastic rounding; None rounds to
-            nearest.
+          bits: uint32 of the weight's shape that decides the stochastic rounding; None
+            rounds to nearest.
         """
 
     @abc.abstractmethod
     def residual(
-        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+        self, weight: jax.Array, param: jax.Array, bits: jax.Array | None = None
     ) -> jax.Array:
         """The residual of a float32 weight against a param that is already fixed.
 
@@ -116,11 +114,11 @@ class ExactResidual(ResidualCodec):
         return np.dtype(np.uint8 if self.bits == 24 else np.uint16)
 
     def split(
-        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+        self, weight: jax.Array, dtype: DTypeLike, bits: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         missing = _MISSING_BITS[np.dtype(dtype)]
         negative, count = _to_count(weight, dtype)
-        count = self._round(count, missing, seed)
+        count = self._round(count, missing, bits)
         # Half way, the param goes towards +inf: the residual's range has one step more
         # below zero than above.
         half = np.int32(1 << (missing - 1)) - negative.astype(jnp.int32)
@@ -130,12 +128,12 @@ class ExactResidual(ResidualCodec):
         return _param_from_count(negative, param, dtype), self._store(residual)
 
     def residual(
-        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+        self, weight: jax.Array, param: jax.Array, bits: jax.Array | None = None
     ) -> jax.Array:
         missing = _MISSING_BITS[param.dtype]
         dropped = self._dropped(missing)
         negative, count = _to_count(weight, param.dtype)
-        count = self._round(count, missing, seed) >> dropped
+        count = self._round(count, missing, bits) >> dropped
         count = jnp.where(negative, -count, count)
         param_negative, param_count = _param_to_count(param)
         param_count = param_count << (missing - dropped)
@@ -162,16 +160,15 @@ class ExactResidual(ResidualCodec):
         return max(0, missing - (8 if self.bits == 24 else 16))
 
     def _round(
-        self, count: jax.Array, missing: int, seed: jax.Array | None
+        self, count: jax.Array, missing: int, bits: jax.Array | None
     ) -> jax.Array:
         dropped = self._dropped(missing)
         if not dropped:
             return count
-        if seed is None:
+        if bits is None:
             noise = np.int32(1 << (dropped - 1))
         else:
-            random = hashing.bits(seed, count.shape) >> np.uint32(32 - dropped)
-            noise = random.astype(jnp.int32)
+            noise = (bits >> np.uint32(32 - dropped)).astype(jnp.int32)
         return ((count + noise) >> dropped) << dropped
 
     def _store(self, residual: jax.Array) -> jax.Array:
@@ -213,15 +210,15 @@ class FlashOptimResidual(ResidualCodec):
         return np.float32(127 if self.bits == 24 else 32767)
 
     def split(
-        self, weight: jax.Array, dtype: DTypeLike, seed: jax.Array | None = None
+        self, weight: jax.Array, dtype: DTypeLike, bits: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         param = round_to(weight, dtype)
-        return param, self.residual(weight, param, seed)
+        return param, self.residual(weight, param, bits)
 
     def residual(
-        self, weight: jax.Array, param: jax.Array, seed: jax.Array | None = None
+        self, weight: jax.Array, param: jax.Array, bits: jax.Array | None = None
     ) -> jax.Array:
-        del seed  # The published rounding is deterministic.
+        del bits  # The published rounding is deterministic.
         # 1 / half_ulp(param) in two factors: one alone would leave float32's range.
         log2 = -_log2_half_ulp(param)
         half = log2 >> 1

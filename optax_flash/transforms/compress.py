@@ -1,16 +1,17 @@
 """``compress``: any optax transformation, its state stored in codes."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import _bundle, _init, _mirror, _records
+from optax_flash.transforms import _init, _mirror, _records
 from optax_flash.transforms._rules import Codecs, Field, Rules
 
 PyTree = Any
@@ -37,6 +38,8 @@ def compress(
     inner: optax.GradientTransformation,
     codecs: Codecs = None,
     min_size: int = 4096,
+    *,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the state of any transformation in 8-bit codes.
 
@@ -62,6 +65,8 @@ def compress(
         ``"layers/0/*/mu"``); its values are codecs, names, or None for "leave it". The
         first key that fits decides.
       min_size: leaves with fewer elements are not compressed.
+      implementation: ``"xla"``, ``"pallas"`` or ``"triton"`` runs every leaf so, or
+        raises; None takes the best that fits, see :func:`optax_flash.explain`.
 
     Returns:
       A transformation with a :class:`CompressState`. Updates have the dtype of the
@@ -70,7 +75,8 @@ def compress(
     Raises:
       ValueError: an unknown codec name or a field that the state does not have; a
         param that is not floating; gradients or a state of another structure or
-        format than init made. The message names the leaf.
+        format than init made; a named implementation that does not fit. The message
+        names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -90,6 +96,7 @@ def compress(
     """
     inner = optax.with_extra_args_support(inner)
     rules = Rules.parse(codecs, min_size)
+    run.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "compress")
@@ -104,8 +111,7 @@ def compress(
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
         inner_state = _init.not_constant(inner_state)
-        codecs = _codecs_at_init(rules, inner_state, params)
-        return _encode(rules, codecs, inner_state, params, jnp.zeros([], jnp.int32))
+        return _encode_new(rules, inner_state, params)
 
     def update(
         updates: optax.Updates,
@@ -113,17 +119,29 @@ def compress(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
-        inner_state, codecs = _decode(rules, state, updates)
-        new_updates, inner_state = inner.update(
-            jax.tree.map(_init.like_float32, updates),
-            inner_state,
-            jax.tree.map(_init.like_float32, params),
-            **extra_args,
+        paths = _mirror.leaf_paths(updates)
+
+        def step(
+            start: jax.Array,
+            updates: optax.Updates,
+            state: PyTree,
+            params: optax.Params | None,
+        ) -> tuple[optax.Updates, PyTree]:
+            inner_state, codecs = _decode(rules, state, updates, paths)
+            new_updates, inner_state = inner.update(
+                jax.tree.map(_init.like_float32, updates),
+                inner_state,
+                jax.tree.map(_init.like_float32, params),
+                **extra_args,
+            )
+            new_updates = jax.tree.map(_like, new_updates, updates)
+            return new_updates, _encode(
+                rules, codecs, inner_state, updates, paths, start, state
+            )
+
+        return run.run(
+            step, updates, state, params, implementation=implementation, names=paths
         )
-        new_updates = jax.tree.map(_like, new_updates, updates)
-        step = optax.safe_increment(state.step)
-        state = _encode(rules, codecs, inner_state, updates, step, state.scales)
-        return new_updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -146,45 +164,53 @@ def _codecs_at_init(
     ]
 
 
+def _encode_new(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
+    """The first state: codes in the place of arrays, rounded to nearest."""
+    parts, join = _mirror.split_state(inner_state, params)
+    fields = rules.fields(parts)
+    codecs = _codecs_at_init(rules, inner_state, params)
+    scales = {}
+    for field, column in zip(fields, codecs, strict=True):
+        entries, of_field = list(parts[field.part].entries), []
+        for i, codec in enumerate(column):
+            if codec is None:
+                of_field.append(_init.stub(entries[i], jnp.bfloat16))
+            else:
+                entries[i], scale = _encode_to_nearest(codec, entries[i])
+                of_field.append(scale)
+        parts[field.part] = parts[field.part].rebuild(entries)
+        scales[field.key] = jax.tree.structure(params).unflatten(of_field)
+    return CompressState(
+        step=jnp.zeros([], jnp.int32), inner_state=join(_trees(parts)), scales=scales
+    )
+
+
 def _encode(
     rules: Rules,
     codecs: list[list[Codec | None]],
     inner_state: PyTree,
     params: PyTree,
-    step: jax.typing.ArrayLike,
-    old_scales: dict[str, PyTree] | None = None,
+    paths: list[str],
+    start: jax.Array,
+    old: CompressState,
 ) -> CompressState:
-    """Puts codes in the place of a state's arrays, and their scales beside them.
-
-    Rounds to nearest where there are no old scales, that is at init.
-    """
+    """The state after a step, its arrays in codes again."""
     parts, join = _mirror.split_state(inner_state, params)
     fields = rules.fields(parts)
     structure = jax.tree.structure(params)
     values = [list(parts[field.part].entries) for field in fields]
-    if old_scales is None:
-        scales = [
-            [None if codec else _init.stub(x, jnp.bfloat16) for x, codec in pairs]
-            for pairs in map(zip, values, codecs)
-        ]
-    else:
-        scales = [structure.flatten_up_to(old_scales[field.key]) for field in fields]
-    paths = _mirror.leaf_paths(params)
-    rows = _rows(codecs)
-    encoded = _bundle.map_leaves(
-        _encode_leaf,
-        [tuple(codecs[j][i] for j in stored) for i, stored in rows],
-        None if old_scales is None else step,
-        [[values[j][i] for j in stored] for i, stored in rows],
-        [hashing.salt(paths[i]) for i, _ in rows],
-    )
-    for (i, stored), pairs in zip(rows, encoded, strict=True):
-        for j, (codes, scale) in zip(stored, pairs, strict=True):
-            values[j][i], scales[j][i] = codes, scale
+    scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
+    shapes = [p.shape for p in jax.tree.leaves(params)]
+    for i, stored in _rows(codecs):
+        encode = ops.Encode(tuple(codecs[j][i] for j in stored), shapes[i])
+        arrays = [values[j][i] for j in stored]
+        encoded = encode(start, hashing.salt(paths[i]), *arrays)
+        for n, j in enumerate(stored):
+            values[j][i], scales[j][i] = encoded[n], encoded[n + len(stored)]
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
     return CompressState(
-        step=step,
+        step=optax.safe_increment(old.step),
         inner_state=join(_trees(parts)),
         scales={
             field.key: structure.unflatten(entries)
@@ -194,7 +220,7 @@ def _encode(
 
 
 def _decode(
-    rules: Rules, state: CompressState, updates: optax.Updates
+    rules: Rules, state: CompressState, updates: optax.Updates, paths: list[str]
 ) -> tuple[PyTree, list[list[Codec | None]]]:
     """The state that ``inner`` knows; and for each field, the codec of each entry."""
     parts, join = _checked_parts(rules, state, updates)
@@ -202,7 +228,6 @@ def _decode(
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
-    paths = _mirror.leaf_paths(updates)
     shapes = [u.shape for u in jax.tree.leaves(updates)]
     codecs = [
         [
@@ -211,15 +236,10 @@ def _decode(
         ]
         for field, *columns in zip(fields, values, scales, strict=True)
     ]
-    rows = _rows(codecs)
-    decoded = _bundle.map_leaves(
-        _decode_leaf,
-        [(shapes[i], *(codecs[j][i] for j in stored)) for i, stored in rows],
-        None,
-        [[(values[j][i], scales[j][i]) for j in stored] for i, stored in rows],
-    )
-    for (i, stored), arrays in zip(rows, decoded, strict=True):
-        for j, x in zip(stored, arrays, strict=True):
+    for i, stored in _rows(codecs):
+        decode = ops.Decode(tuple(codecs[j][i] for j in stored), shapes[i])
+        codes, of_codes = [values[j][i] for j in stored], [scales[j][i] for j in stored]
+        for j, x in zip(stored, decode(*codes, *of_codes), strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
@@ -283,34 +303,9 @@ def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, list[int]]]:
     return rows
 
 
-def _encode_leaf(
-    codecs: tuple[Codec, ...],
-    step: jax.typing.ArrayLike | None,
-    values: list[jax.Array],
-    salt: jax.Array,
-) -> list[tuple[jax.Array, jax.Array]]:
-    """``(codes, scales)`` of each field's entry for one param."""
-    if step is None:
-        return [codec.encode(x) for codec, x in zip(codecs, values, strict=True)]
-    seed = hashing.fold(step, salt)
-    return [
-        codec.encode(x, hashing.fold(seed, np.uint32(j)))
-        for j, (codec, x) in enumerate(zip(codecs, values, strict=True))
-    ]
-
-
-def _decode_leaf(
-    shape_and_codecs: tuple[Any, ...],
-    shared: None,
-    pairs: list[tuple[jax.Array, jax.Array]],
-) -> list[jax.Array]:
-    """The float32 array of each field's entry for one param."""
-    del shared
-    shape, *codecs = shape_and_codecs
-    return [
-        codec.decode(codes, scales, shape)
-        for codec, (codes, scales) in zip(codecs, pairs, strict=True)
-    ]
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_to_nearest(codec: Codec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return codec.encode(x)
 
 
 def _trees(parts: list[Any]) -> list[Any]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _bundle, _init, _mirror, _records
+from optax_flash.transforms import _init, _mirror, _records
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -40,6 +41,7 @@ def master_weights(
     codec: str = "exact",
     finished: bool = False,
     track_params: bool = False,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps 16-bit params as if they were 24- or 32-bit weights.
 
@@ -75,6 +77,7 @@ def master_weights(
         They cannot leave a jitted function or pass through ``lax.cond``.
       track_params: keep a digest of the params for :func:`changed_params`. Costs a
         reduction over the params each step, and a collective where they are sharded.
+      implementation: as in :func:`compress`.
 
     Returns:
       A transformation with a :class:`MasterWeightsState`. Additive updates have the
@@ -82,7 +85,8 @@ def master_weights(
 
     Raises:
       ValueError: bits other than 24 and 32, an unknown codec, no params, a param that
-        is not floating, a tree or state that is not init's. The message names the leaf.
+        is not floating, a tree or state that is not init's, a named implementation that
+        does not fit. The message names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -103,6 +107,7 @@ def master_weights(
     """
     inner = optax.with_extra_args_support(inner)
     residual_codec = weights.get_residual_codec(codec, bits)
+    run.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "master_weights")
@@ -134,36 +139,55 @@ def master_weights(
             )
         _mirror.check_mirrors(params, updates, "master_weights: the gradients")
         _check_state(residual_codec, state, params)
-        inner_updates, inner_state = inner.update(
-            jax.tree.map(_init.like_float32, updates),
-            state.inner_state,
-            _join(params, state.residual),
-            **extra_args,
-        )
-        step = optax.safe_increment(state.step)
-        structure = jax.tree.structure(params)
-        grads = structure.flatten_up_to(updates)
         paths = _mirror.leaf_paths(params)
-        stepped = _bundle.map_leaves(
-            _step_leaf,
-            [(residual_codec, None if finished else g.dtype) for g in grads],
-            step,
-            structure.flatten_up_to(params),
-            structure.flatten_up_to(state.residual),
-            structure.flatten_up_to(inner_updates),
-            [hashing.salt(path) for path in paths],
+        structure = jax.tree.structure(params)
+
+        def step_all(
+            start: jax.Array,
+            updates: optax.Updates,
+            state: MasterWeightsState,
+            params: optax.Params,
+        ) -> tuple[optax.Updates, MasterWeightsState]:
+            inner_updates, inner_state = inner.update(
+                jax.tree.map(_init.like_float32, updates),
+                state.inner_state,
+                _join(params, state.residual),
+                **extra_args,
+            )
+            stepped = [
+                _step_leaf(residual_codec, finished, start, *row)
+                for row in zip(
+                    paths,
+                    structure.flatten_up_to(params),
+                    structure.flatten_up_to(state.residual),
+                    structure.flatten_up_to(inner_updates),
+                    structure.flatten_up_to(updates),
+                    strict=True,
+                )
+            ]
+            new_updates, produced, residual = zip(*stepped, strict=True)
+            return structure.unflatten(new_updates), MasterWeightsState(
+                step=optax.safe_increment(state.step),
+                residual=structure.unflatten(residual),
+                inner_state=inner_state,
+                digest=_digest(structure.unflatten(produced)) if track_params else None,
+            )
+
+        new_updates, new_state = run.run(
+            step_all,
+            updates,
+            state,
+            params,
+            implementation=implementation,
+            names=paths,
+            in_place_of="params" if finished else "updates",
         )
-        produced = [new for _, new, _ in stepped]
         if finished:
-            new_updates = [FinishedParam(*x) for x in zip(produced, paths, strict=True)]
-        else:
-            new_updates = [u for u, _, _ in stepped]
-        return structure.unflatten(new_updates), MasterWeightsState(
-            step=step,
-            residual=structure.unflatten([r for _, _, r in stepped]),
-            inner_state=inner_state,
-            digest=_digest(structure.unflatten(produced)) if track_params else None,
-        )
+            leaves = structure.flatten_up_to(new_updates)
+            new_updates = structure.unflatten(
+                [FinishedParam(*x) for x in zip(leaves, paths, strict=True)]
+            )
+        return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -290,21 +314,21 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
 
 def _join(params: PyTree, residual: PyTree) -> PyTree:
     """The float32 weights of all params."""
-    structure = jax.tree.structure(params)
-    pairs = (structure.flatten_up_to(params), structure.flatten_up_to(residual))
-    configurations = [None] * structure.num_leaves
-    return structure.unflatten(
-        _bundle.map_leaves(_join_leaf, configurations, None, *pairs)
-    )
+    return jax.tree.map(_join_leaf, params, residual)
 
 
-def _join_leaf(
-    configuration: None, shared: None, param: jax.Array, residual: jax.Array
-) -> jax.Array:
-    del configuration, shared
+def _join_leaf(param: jax.Array, residual: jax.Array) -> jax.Array:
     if not weights.is_split(param):
         return param
-    return weights.codec_of(residual).join(param, residual)
+    (weight,) = ops.Elementwise(_join_arrays, None)(param, residual)
+    return weight
+
+
+def _join_arrays(
+    static: None, param: jax.Array, residual: jax.Array
+) -> tuple[jax.Array]:
+    del static
+    return (weights.codec_of(residual).join(param, residual),)
 
 
 @jax.jit
@@ -325,39 +349,75 @@ def _split_leaf(
 
 
 def _step_leaf(
-    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype | None],
-    step: jax.Array,
+    codec: weights.ResidualCodec,
+    finished: bool,
+    start: jax.Array,
+    path: str,
     param: jax.Array,
     residual: jax.Array,
     update: jax.Array,
-    salt: jax.Array,
+    grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One param's step.
 
     Args:
-      codec_and_dtype: the residual's codec; the additive update's dtype, or None to
-        make a finished param.
+      codec: the residual's.
+      finished: whether to return the new param in the place of the update.
+      start: what rounding depends on, beside the path and the place in the leaf.
       update: what the wrapped transformation adds to the weight. # float32
+      grad: tells the dtype of an additive update.
 
     Returns:
       ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
       make of the update.
     """
-    codec, update_dtype = codec_and_dtype
     if not weights.is_split(param):
-        if update_dtype is not None:
-            update = _rounded(update, update_dtype)
+        if not finished:
+            (update,) = ops.Elementwise(_as_dtype, grad.dtype)(update)
         new = (param + update).astype(param.dtype)
-        return update.astype(update_dtype or update.dtype), new, residual
-    seed = hashing.fold(step, salt)
+        return new if finished else update, new, residual
+    salt = hashing.salt(path)
+    if finished:
+        step = ops.Round(_finish, codec, param.shape)
+        new, residual = step(start, salt, param, residual, update)
+        return new, new, residual
+    step = ops.Round(_add, (codec, grad.dtype), param.shape)
+    update, new, residual = step(start, salt, param, residual, update)
+    return update, new, residual
+
+
+def _finish(
+    codec: weights.ResidualCodec,
+    bits: jax.Array,
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """``(param, residual)`` after an update."""
     weight = codec.join(param, residual) + update.astype(jnp.float32)
-    target, residual = codec.split(weight, param.dtype, seed)
-    if update_dtype is None:
-        return update, target, residual
+    return codec.split(weight, param.dtype, hashing.for_weights(bits))
+
+
+def _add(
+    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
+    bits: jax.Array,
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The update in its dtype, the param that it will produce, and its residual."""
+    codec, dtype = codec_and_dtype
+    bits = hashing.for_weights(bits)
+    weight = codec.join(param, residual) + update.astype(jnp.float32)
+    target, _ = codec.split(weight, param.dtype, bits)
     old = param.astype(jnp.float32)
-    update = _rounded(target.astype(jnp.float32) - old, update_dtype)
+    update = _rounded(target.astype(jnp.float32) - old, dtype)
     produced = weights.round_to(old + update, param.dtype)
-    return update.astype(update_dtype), produced, codec.residual(weight, produced, seed)
+    return update.astype(dtype), produced, codec.residual(weight, produced, bits)
+
+
+def _as_dtype(dtype: np.dtype, update: jax.Array) -> tuple[jax.Array]:
+    return (_rounded(update, dtype).astype(dtype),)
 
 
 def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:

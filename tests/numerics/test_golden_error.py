@@ -61,9 +61,9 @@ TABLE = [
 def errors(codec, sample):
     """The ``(nearest, stochastic)`` errors of a codec on a sample."""
     x = jnp.asarray(SAMPLES[sample], jnp.float32)
-    seed = hashing.fold(1, hashing.salt("layer/kernel"))
+    bits = hashing.bits(hashing.fold(1, hashing.salt("layer/kernel")), x.shape)
     decoded = [
-        codec.decode(*codec.encode(x, rounding), x.shape) for rounding in (None, seed)
+        codec.decode(*codec.encode(x, rounding), x.shape) for rounding in (None, bits)
     ]
     exact = np.asarray(x, np.float64)
     square = np.mean(np.square(exact), axis=-1)

@@ -18,7 +18,7 @@ def bits(seed, shape=(N,)):
 
 
 def uniform(seed, shape=(N,)):
-    return np.asarray(hashing.uniform(jnp.uint32(seed), shape))
+    return np.asarray(hashing.uniform(hashing.bits(jnp.uint32(seed), shape)))
 
 
 def assert_uncorrelated(a, b):
@@ -88,7 +88,7 @@ def test_steps_are_independent(lag):
 def test_one_element_is_independent_over_the_steps():
     steps = jnp.arange(N, dtype=jnp.uint32)
     seeds = jax.vmap(hashing.fold, (0, None))(steps, hashing.salt("dense/kernel"))
-    u = np.asarray(jax.vmap(lambda seed: hashing.uniform(seed, (2,)))(seeds))
+    u = np.asarray(jax.vmap(lambda s: hashing.uniform(hashing.bits(s, (2,))))(seeds))
     assert_uncorrelated(u[:-1, 0], u[1:, 0])
     assert_uncorrelated(u[:, 0], u[:, 1])
     counts, _ = np.histogram(u[:, 0], bins=256, range=(0, 1))
@@ -126,7 +126,7 @@ def test_scalars_and_empty_arrays():
 
 @pytest.mark.parametrize("shape", [(2**17, 2**17), (3, 2**20, 2**13), (2, 2**31 - 1)])
 def test_more_elements_than_the_index_can_count(shape):
-    out = jax.eval_shape(lambda seed: hashing.uniform(seed, shape), jnp.uint32(0))
+    out = jax.eval_shape(lambda seed: hashing.bits(seed, shape), jnp.uint32(0))
     assert out.shape == shape
 
 

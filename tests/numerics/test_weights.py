@@ -11,7 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 from optax_flash import ExactResidual, FlashOptimResidual
-from optax_flash.numerics import weights
+from optax_flash.numerics import hashing, weights
 from optax_flash.numerics.weights import round_to
 
 DTYPES = [ml_dtypes.bfloat16, np.float16]
@@ -65,9 +65,13 @@ def order_of(x):
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
+def random_bits(seed, shape):
+    return None if seed is None else hashing.bits(seed, shape)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def split(codec, dtype, weight, seed=None):
-    return codec.split(weight, dtype, seed)
+    return codec.split(weight, dtype, random_bits(seed, weight.shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,7 +81,7 @@ def join(codec, param, residual):
 
 @functools.partial(jax.jit, static_argnums=0)
 def residual_of(codec, weight, param, seed=None):
-    return codec.residual(weight, param, seed)
+    return codec.residual(weight, param, random_bits(seed, weight.shape))
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=["nearest", "stochastic"])
@@ -132,7 +136,8 @@ class TestExactness(chex.TestCase):
     def test_24_bits_keep_every_float_without_the_low_8(self, seed):
         weight = (bits_of(random_floats()) & np.uint32(0xFFFFFF00)).view(np.float32)
         weight = weight[~np.isnan(weight)]
-        pieces = self.variant(lambda w: EXACT_24.split(w, jnp.bfloat16, seed))(
+        bits = random_bits(seed, weight.shape)
+        pieces = self.variant(lambda w: EXACT_24.split(w, jnp.bfloat16, bits))(
             jnp.asarray(weight)
         )
         joined = self.variant(EXACT_24.join)(*pieces)

@@ -1,0 +1,41 @@
+"""Which implementation runs a program."""
+
+from optax_flash.fusion.program import Program
+
+IMPLEMENTATIONS = ("xla", "pallas", "triton", "interpret")
+"""``"interpret"`` runs the Pallas kernel in Python, on any platform: for tests."""
+
+SMALL = 2**16
+"""Leaves with fewer elements are not worth a launch of their own."""
+
+
+def misfit(program: Program | None, implementation: str) -> str | None:
+    """Why a program cannot run in a kernel; None if it can."""
+    if program is None:
+        return "no program"
+    if implementation == "xla":
+        return None
+    if program.size >= 2**31:
+        return "it has 2**31 elements or more, and kernels count in 32 bits"
+    if program.size == 0:
+        return "it is empty"
+    for role, x in zip(program.inputs, program.jaxpr.invars, strict=True):
+        if role.kind != "scalar" and x.aval.dtype.name in ("bool", "float64", "int64"):
+            return f"an operand is {x.aval.dtype}"
+    return None
+
+
+def choose(
+    program: Program, implementation: str | None, platform: str
+) -> tuple[str, str]:
+    """The implementation that runs a program on a platform, and why."""
+    if implementation is not None:
+        return implementation, "asked for"
+    if platform != "cuda":
+        return "xla", f"there are no kernels for {platform}"
+    reason = misfit(program, "pallas")
+    if reason:
+        return "xla", reason
+    if program.size < SMALL:
+        return "xla", f"it has fewer than {SMALL} elements"
+    return "pallas", "elementwise"

@@ -1,0 +1,224 @@
+"""What an update does besides its arithmetic: decode, encode, draw random bits.
+
+These are single equations in a traced update, so that the pass sees what they are. On
+whole arrays they are plain JAX, which is all that XLA sees; on a tile inside a kernel
+they know where the tile lies.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from optax_flash.numerics import hashing
+from optax_flash.numerics.codecs import Codec
+
+
+@dataclasses.dataclass
+class Tile:
+    """A piece of a leaf inside a kernel: rows of ``lanes`` neighbours.
+
+    Attributes:
+      shape: ``(units, lanes)``.
+      index: row-major place of each element in the whole leaf. # uint32
+      mask: which elements are there at all; None where all are. # bool
+    """
+
+    shape: tuple[int, int]
+    index: jax.Array
+    mask: jax.Array | None
+    _drawn: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
+
+    def bits(self, start: Any, salt: Any) -> Any:
+        """The leaf's random bits; drawn once, however many ops ask for them."""
+        key = (id(start), id(salt))
+        if key not in self._drawn:
+            bits = hashing.mix(self.index ^ hashing.seed(start, salt))
+            self._drawn[key] = (bits, start, salt)
+        return self._drawn[key][0]
+
+    def groups(self, x: Any, group: int) -> Any:
+        """A tile with one group a row."""
+        return x if x.shape[-1] == group else x.reshape(-1, group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op(abc.ABC):
+    """An operation that is one equation when it is traced."""
+
+    def __call__(self, *args: jax.typing.ArrayLike) -> list[jax.Array]:
+        return op_p.bind(*args, op=self)
+
+    @abc.abstractmethod
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        """The operation on whole leaves."""
+
+    @abc.abstractmethod
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        """The operation on tiles; the scales of a tile come as a tuple of planes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Op):
+    """``(*codes, *scales)`` of a leaf's fields to float32 arrays of ``shape``."""
+
+    codecs: tuple[Codec, ...]
+    shape: tuple[int, ...]
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        n = len(self.codecs)
+        fields = zip(self.codecs, args[:n], args[n:], strict=True)
+        return tuple(codec.decode(c, s, self.shape) for codec, c, s in fields)
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        n = len(self.codecs)
+        decoded = []
+        for codec, codes, planes in zip(self.codecs, args[:n], args[n:], strict=True):
+            x = codec.decode_groups(tile.groups(codes, codec.group), planes)
+            decoded.append(x.reshape(tile.shape))
+        return tuple(decoded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode(Op):
+    """``(start, salt, *arrays)`` of a leaf's fields to ``(*codes, *scales)``.
+
+    ``start`` is :func:`hashing.start` of the step, ``salt`` the leaf's.
+    """
+
+    codecs: tuple[Codec, ...]
+    shape: tuple[int, ...]
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        start, salt, *arrays = args
+        bits = hashing.bits(hashing.seed(start, salt), self.shape)
+        stored = [
+            codec.encode(x, hashing.for_field(bits, i))
+            for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True))
+        ]
+        codes, scales = zip(*stored, strict=True)
+        return *codes, *scales
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        start, salt, *arrays = args
+        bits = tile.bits(start, salt)
+        stored = []
+        for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True)):
+            if tile.mask is not None:
+                # Past the end of a row an optimizer may compute anything from zeros.
+                x = jnp.where(tile.mask, x, 0.0)
+            codes, planes = codec.encode_groups(
+                tile.groups(x.astype(jnp.float32), codec.group),
+                tile.groups(hashing.for_field(bits, i), codec.group),
+            )
+            stored.append((codes.reshape(tile.shape), planes))
+        codes, scales = zip(*stored, strict=True)
+        return *codes, *scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Round(Op):
+    """``(start, salt, *arrays)`` to arrays, elementwise, by the leaf's random bits.
+
+    Attributes:
+      function: module-level, called with ``static``, the bits and the arrays; returns a
+        tuple of arrays.
+      static: hashable.
+      shape: of the leaf.
+    """
+
+    function: Callable[..., tuple[jax.Array, ...]]
+    static: Hashable
+    shape: tuple[int, ...]
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        start, salt, *arrays = args
+        bits = hashing.bits(hashing.seed(start, salt), self.shape)
+        return self.function(self.static, bits, *arrays)
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        start, salt, *arrays = args
+        return self.function(self.static, tile.bits(start, salt), *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise(Op):
+    """A pure elementwise function of arrays of one shape, traced once for a shape.
+
+    Attributes:
+      function: a module-level function that returns a tuple of arrays.
+      static: its first argument.
+    """
+
+    function: Callable[..., tuple[jax.Array, ...]]
+    static: Hashable
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        return self.function(self.static, *args)
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        del tile
+        return self.function(self.static, *args)
+
+
+def define(
+    primitive: core.Primitive,
+    function: Callable[..., Callable[..., Any]],
+) -> None:
+    """Gives a primitive all its rules, from the plain function that it stands for.
+
+    Args:
+      primitive: with several results.
+      function: from the primitive's parameters to a function of its operands.
+    """
+    primitive.multiple_results = True
+
+    @functools.lru_cache(maxsize=4096)
+    def abstract(avals: tuple[Any, ...], params: tuple[Any, ...]) -> list[Any]:
+        return jax.make_jaxpr(function(**dict(params)))(*avals).out_avals
+
+    @functools.lru_cache(maxsize=4096)
+    def compiled(params: tuple[Any, ...]) -> Callable[..., Any]:
+        return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
+
+    def lowering(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        plain = mlir.lower_fun(function(**params), multiple_results=True)
+        return plain(ctx, *args)
+
+    def batch(args: Any, dims: Any, **params: Any) -> tuple[Any, list[int]]:
+        outs = jax.vmap(function(**params), in_axes=tuple(dims))(*args)
+        return outs, [0] * len(outs)
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        tangents = [
+            np.zeros(x.shape, jax.dtypes.float0)
+            if not jnp.issubdtype(x.dtype, jnp.floating)
+            else ad.instantiate_zeros(t)
+            for x, t in zip(primals, tangents, strict=True)
+        ]
+        outs, out_tangents = jax.jvp(function(**params), primals, tuple(tangents))
+        return outs, out_tangents
+
+    def eager(*args: Any, **params: Any) -> Any:
+        if jax.config.jax_disable_jit:
+            return function(**params)(*args)
+        return compiled(tuple(params.items()))(*args)
+
+    primitive.def_impl(eager)
+    primitive.def_abstract_eval(
+        lambda *avals, **params: abstract(avals, tuple(params.items()))
+    )
+    mlir.register_lowering(primitive, lowering, inline=False)
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp
+
+
+op_p = core.Primitive("optax_flash_op")
+define(op_p, lambda op: op.whole)

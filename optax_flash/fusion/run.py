@@ -1,0 +1,223 @@
+"""The pass as transformations use it: trace an update, split it, run the parts."""
+
+import contextlib
+import contextvars
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+
+from optax_flash.fusion import leaf as leaves
+from optax_flash.fusion import split as splits
+from optax_flash.fusion.choose import IMPLEMENTATIONS, misfit
+from optax_flash.numerics import hashing
+
+PyTree = Any
+Update = Callable[[jax.Array, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+@dataclasses.dataclass
+class _Trace:
+    """What transformations inside a traced update share.
+
+    Attributes:
+      implementations: those that they ask for.
+      start: of their random bits, :func:`hashing.start` of the outermost one's step.
+        Sharing it, they share one hash of each element.
+    """
+
+    implementations: set[str]
+    start: Any = None
+
+
+_trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
+    "optax_flash_trace", default=None
+)
+_watched: contextvars.ContextVar[list[splits.Leaf] | None] = contextvars.ContextVar(
+    "optax_flash_leaves", default=None
+)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[splits.Leaf]]:
+    """Gives a list into which updates put their leaves while the context is open."""
+    seen: list[splits.Leaf] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises a ValueError where no such implementation is known."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"Unknown implementation {implementation!r}. Known names: "
+            f"{', '.join(IMPLEMENTATIONS)}. None takes the best for the platform."
+        )
+
+
+def run(
+    update: Update,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    implementation: str | None,
+    names: list[str],
+    in_place_of: str = "updates",
+) -> tuple[PyTree, PyTree]:
+    """Runs an update as a kernel for each leaf, where that is possible.
+
+    An update inside of another's just takes part in it.
+
+    Args:
+      update: ``(start, updates, state, params) -> (updates, state)``, pure; ``start``
+        is what its random bits depend on.
+      updates: gradients, a tree of arrays.
+      state: a NamedTuple with a field ``step``; the new one has its structure.
+      params: a tree of arrays, or None.
+      implementation: a name, or None for the best that fits.
+      names: the path of each leaf of ``updates``.
+      in_place_of: ``"updates"`` or ``"params"``: whose buffers the new updates take.
+
+    Raises:
+      ValueError: a named implementation does not fit. The message says why not, leaf by
+        leaf.
+    """
+    trace = _trace.get()
+    if trace is not None:
+        if implementation is not None:
+            trace.implementations.add(implementation)
+        return update(trace.start, updates, state, params)
+
+    trace = _Trace({implementation} if implementation else set())
+    structure = []
+
+    def flat(*operands: Any) -> list[Any]:
+        updates, state, params = jax.tree.unflatten(treedef, operands)
+        trace.start = hashing.start(optax.safe_increment(state.step))
+        token = _trace.set(trace)
+        try:
+            out = update(trace.start, updates, state, params)
+        finally:
+            _trace.reset(token)
+        results, out_treedef = jax.tree.flatten(out)
+        structure.append((out_treedef, jax.tree.structure(out[1])))
+        return results
+
+    operands, treedef = jax.tree.flatten((updates, state, params))
+    operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
+    with _no_garbage_collection():
+        closed = jax.make_jaxpr(flat)(*operands)
+    out_treedef, new_state = structure[0]
+    sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
+    n_updates = out_treedef.num_leaves - new_state.num_leaves
+    donors = {}
+    if n_updates == sizes[0]:
+        first = sum(sizes[:2]) if in_place_of == "params" else 0
+        donors.update({i: first + i for i in range(n_updates)})
+    if new_state == jax.tree.structure(state):
+        donors.update({n_updates + i: sizes[0] + i for i in range(sizes[1])})
+    all_names = [""] * len(closed.consts) + names + [""] * (len(operands) - len(names))
+    results = _run_parts(
+        splits.split(closed.jaxpr, all_names, donors),
+        closed,
+        [*closed.consts, *operands],
+        _one(trace.implementations),
+    )
+    return jax.tree.unflatten(out_treedef, results)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes many objects that live on: looking for garbage costs a fifth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _one(implementations: set[str]) -> str | None:
+    if len(implementations) > 1:
+        raise ValueError(
+            f"Nested transformations ask for several implementations, "
+            f"{sorted(implementations)}. Name one, on the outermost."
+        )
+    return next(iter(implementations), None)
+
+
+def _run_parts(
+    split: splits.Split,
+    closed: core.ClosedJaxpr,
+    operands: list[Any],
+    implementation: str | None,
+) -> list[Any]:
+    effects = "it has side effects, as host callbacks have" if closed.effects else None
+    if effects:
+        misfits = [x._replace(program=None, reason=effects) for x in split.leaves]
+        split = split._replace(leaves=misfits)
+    watched = _watched.get()
+    if watched is not None:
+        watched.extend(split.leaves)
+    if implementation not in (None, "xla"):
+        _check_fit(split.leaves, implementation)
+    if effects:
+        operands = operands[len(closed.consts) :]
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands)
+    variables = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
+    env = dict(zip(variables, operands, strict=True))
+
+    def read(x: Any) -> Any:
+        if isinstance(x, core.Literal):
+            return np.asarray(x.val, x.aval.dtype)
+        return env[x]
+
+    env.update(
+        zip(
+            split.scalars,
+            jax.core.eval_jaxpr(split.prologue, (), *operands),
+            strict=True,
+        )
+    )
+    for leaf in split.leaves:
+        if leaf.program is None:
+            continue
+        results = leaves.update(
+            leaf.program, implementation, [read(x) for x in leaf.operands]
+        )
+        env.update(zip(leaf.results, results, strict=True))
+    rest = jax.core.eval_jaxpr(split.rest, (), *map(read, split.rest_operands))
+    env.update(zip(split.rest.outvars, rest, strict=True))
+    return [read(x) for x in split.returned]
+
+
+def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
+    """Raises where a named implementation cannot run every leaf."""
+    reasons: dict[str, list[str]] = {}
+    for leaf in all_leaves:
+        reason = leaf.reason or misfit(leaf.program, implementation)
+        if reason:
+            reasons.setdefault(reason, []).append(leaf.name or "params")
+    if reasons:
+        lines = [
+            f"  {', '.join(map(repr, paths[:3]))}"
+            f"{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: {reason}"
+            for reason, paths in reasons.items()
+        ]
+        raise ValueError(
+            f"implementation={implementation!r} does not fit every leaf:\n"
+            + "\n".join(lines)
+            + "\nTake implementation=None, which leaves these to XLA."
+        )

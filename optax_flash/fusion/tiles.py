@@ -1,0 +1,125 @@
+"""How a leaf is cut into tiles, and where its operands lie in memory.
+
+A kernel sees every operand as a flat buffer. A unit is ``lanes`` neighbours in a row,
+whole groups of every codec; a tile is a number of consecutive units.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_flash.fusion.program import Program
+from optax_flash.numerics import groups
+from optax_flash.numerics.codecs import Codec
+
+
+class Place(NamedTuple):
+    """Where a shard lies in its leaf.
+
+    Attributes:
+      shape: of the whole leaf.
+      offsets: the shard's first index along each axis, int32 scalars; None where the
+        shard is all of the leaf.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[Any, ...] | None = None
+
+
+class Where(NamedTuple):
+    """Flat places of a tile's elements in a buffer, and which of them exist."""
+
+    index: jax.Array
+    mask: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The units of a leaf, or of a shard of one.
+
+    Attributes:
+      shape: of the leaf or shard.
+      lanes: elements in a unit.
+    """
+
+    shape: tuple[int, ...]
+    lanes: int
+
+    @classmethod
+    def of(cls, program: Program, shape: tuple[int, ...], place: Place) -> "Layout":
+        """The layout of a program on a shard of its leaf."""
+        if program.lanes > 1:
+            return cls(shape, program.lanes)
+        # Without groups rows only matter for the places of a shard's elements.
+        return cls(shape if place.offsets else (math.prod(shape),), 32)
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows end within a unit."""
+        return self.columns % self.lanes != 0
+
+    @property
+    def units_per_row(self) -> int:
+        return groups.num_groups(self.columns, self.lanes)
+
+    @property
+    def units(self) -> int:
+        return math.prod(self.shape[:-1]) * self.units_per_row
+
+    def elements(self, first: Any, count: int) -> Where:
+        """The elements of ``count`` units from unit ``first``: ``(count, lanes)``."""
+        unit = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
+        if not self.ragged:
+            index = unit * self.lanes + lane
+            return Where(index, self._mask(count, jnp.broadcast_to(unit, index.shape)))
+        row, column = self._row_and_column(unit, lane)
+        mask = (column < self.columns) & (unit < self.units)
+        return Where(row * self.columns + column, mask)
+
+    def scales(self, codec: Codec, plane: int, first: Any, count: int) -> Where:
+        """The scales of those units: ``(count * groups in a unit,)``."""
+        n = self.lanes // codec.group
+        group = first * n + lax.iota(jnp.int32, count * n)
+        if not self.ragged:
+            return Where(
+                group * codec.scales_per_group + plane, self._mask(count, group // n)
+            )
+        unit = group // n
+        row = unit // self.units_per_row
+        in_row = (unit - row * self.units_per_row) * n + group % n
+        groups_per_row = groups.num_groups(self.columns, codec.group)
+        index = (row * groups_per_row + in_row) * codec.scales_per_group + plane
+        return Where(index, (in_row < groups_per_row) & (unit < self.units))
+
+    def places(self, place: Place, first: Any, count: int) -> jax.Array:
+        """Row-major places in the whole leaf: uint32 ``(count, lanes)``, wrapping."""
+        if place.offsets is None:
+            return self.elements(first, count).index.astype(jnp.uint32)
+        unit = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
+        row, column = self._row_and_column(unit, lane)
+        index = (column + place.offsets[-1]).astype(jnp.uint32)
+        stride = place.shape[-1]
+        for axis in reversed(range(len(self.shape) - 1)):
+            coordinate = row % self.shape[axis] + place.offsets[axis]
+            row = row // self.shape[axis]
+            index = index + coordinate.astype(jnp.uint32) * np.uint32(stride % 2**32)
+            stride *= place.shape[axis]
+        return index
+
+    def _row_and_column(self, unit: Any, lane: Any) -> tuple[Any, Any]:
+        row = unit // self.units_per_row
+        return row, (unit - row * self.units_per_row) * self.lanes + lane
+
+    def _mask(self, count: int, unit: Any) -> Any:
+        return None if self.units % count == 0 else unit < self.units
