@@ -19,6 +19,8 @@ def misfit(program: Program | None, implementation: str) -> str | None:
         return "it has 2**31 elements or more, and kernels count in 32 bits"
     if program.size == 0:
         return "it is empty"
+    if program.lanes & (program.lanes - 1):
+        return f"groups of {program.lanes} are no power of two"
     for role, x in zip(program.inputs, program.jaxpr.invars, strict=True):
         if role.kind != "scalar" and x.aval.dtype.name in ("bool", "float64", "int64"):
             return f"an operand is {x.aval.dtype}"

@@ -1,10 +1,12 @@
 """Running a program on a leaf by the implementation that suits the platform."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import mlir
 
@@ -16,14 +18,31 @@ from optax_flash.fusion.tiles import Place
 from optax_flash.fusion.tuning import config_for
 
 update_p = core.Primitive("optax_flash_update")
-ops.define(update_p, lambda program, implementation: whole(program))
+ops.define(update_p, lambda program, implementation, devices: whole(program))
 
 
 def update(
     program: Program, implementation: str | None, operands: list[jax.Array]
 ) -> list[jax.Array]:
     """The results of a program on one leaf."""
-    return update_p.bind(*operands, program=program, implementation=implementation)
+    return update_p.bind(
+        *operands,
+        program=program,
+        implementation=implementation,
+        devices=_asks_for_devices(),
+    )
+
+
+@functools.cache
+def _asks_for_devices() -> core.Jaxpr:
+    """What makes jax tell the lowering below its devices.
+
+    It does so only where it sees an equation that is known to need them, such as a
+    custom_partitioning, also inside of an equation's parameters.
+    """
+    function = custom_partitioning(lambda x: x)
+    function.def_partition(None, sharding_rule="i -> i")
+    return jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), "float32")).jaxpr
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
@@ -32,7 +51,9 @@ def _lowering(platform: str) -> Callable[..., Any]:
         *operands: Any,
         program: Program,
         implementation: str | None,
+        devices: core.Jaxpr,
     ) -> Any:
+        del devices
         name, _ = choose(program, implementation, platform)
         if name == "xla":
             function = whole(program)
