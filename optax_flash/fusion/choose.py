@@ -6,7 +6,10 @@ IMPLEMENTATIONS = ("xla", "pallas", "triton", "interpret")
 """``"interpret"`` runs the Pallas kernel in Python, on any platform: for tests."""
 
 SMALL = 2**16
-"""Leaves with fewer elements are not worth a launch of their own."""
+"""Leaves with fewer elements are not worth a launch of their own, and share one."""
+
+TOGETHER = 16
+"""How many of them share one."""
 
 
 def misfit(program: Program | None, implementation: str) -> str | None:
@@ -39,5 +42,5 @@ def choose(
     if reason:
         return "xla", reason
     if program.size < SMALL:
-        return "xla", f"it has fewer than {SMALL} elements"
+        return "pallas", f"elementwise; up to {TOGETHER} such leaves share a kernel"
     return "pallas", "elementwise"

@@ -1,4 +1,4 @@
-"""Running a program on a leaf by the implementation that suits the platform."""
+"""Running programs on leaves by the implementation that suits the platform."""
 
 import functools
 from collections.abc import Callable
@@ -6,59 +6,82 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import mlir
 
-from optax_flash.fusion import ops
+from optax_flash.fusion import ops, partition
 from optax_flash.fusion.choose import choose
-from optax_flash.fusion.partition import partitioned
 from optax_flash.fusion.program import Program, whole
-from optax_flash.fusion.tiles import Place
+from optax_flash.fusion.tiles import Shard
 from optax_flash.fusion.tuning import config_for
 
-update_p = core.Primitive("optax_flash_update")
-ops.define(update_p, lambda program, implementation, devices: whole(program))
+Programs = tuple[Program, ...]
 
 
 def update(
-    program: Program, implementation: str | None, operands: list[jax.Array]
-) -> list[jax.Array]:
-    """The results of a program on one leaf."""
-    return update_p.bind(
-        *operands,
-        program=program,
-        implementation=implementation,
-        devices=_asks_for_devices(),
-    )
+    programs: Programs, implementation: str | None, operands: list[list[jax.Array]]
+) -> list[list[jax.Array]]:
+    """The results of programs on their leaves.
 
-
-@functools.cache
-def _asks_for_devices() -> core.Jaxpr:
-    """What makes jax tell the lowering below its devices.
-
-    It does so only where it sees an equation that is known to need them, such as a
-    custom_partitioning, also inside of an equation's parameters.
+    Args:
+      programs: of one family, see :attr:`Program.family`.
+      implementation: a name, or None for the best.
+      operands: of each program.
     """
-    function = custom_partitioning(lambda x: x)
-    function.def_partition(None, sharding_rule="i -> i")
-    return jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), "float32")).jaxpr
+    flat = update_p.bind(
+        *(x for of_leaf in operands for x in of_leaf),
+        programs=programs,
+        implementation=implementation,
+        devices=partition.asks_for_devices(),
+    )
+    remaining = iter(flat)
+    return [[next(remaining) for _ in program.outputs] for program in programs]
+
+
+def _in_xla(
+    programs: Programs, implementation: str | None = None, devices: Any = None
+) -> Callable[..., list[jax.Array]]:
+    """Programs as a function of whole arrays: the reference."""
+    del implementation, devices
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        rows = zip(programs, partition.by_leaf(programs, operands), strict=True)
+        return [x for program, of_leaf in rows for x in _one_in_xla(program)(*of_leaf)]
+
+    return run
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_in_xla(program: Program) -> Callable[..., list[jax.Array]]:
+    """One program, traced and lowered once however many leaves it runs on."""
+    return jax.jit(whole(program))
+
+
+update_p = core.Primitive("optax_flash_update")
+ops.define(update_p, _in_xla)
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
     def lower(
         ctx: mlir.LoweringRuleContext,
         *operands: Any,
-        program: Program,
+        programs: Programs,
         implementation: str | None,
         devices: core.Jaxpr,
     ) -> Any:
         del devices
-        name, _ = choose(program, implementation, platform)
-        if name == "xla":
-            function = whole(program)
+        # Of one family, programs may still differ in whether a kernel takes them.
+        names = {choose(program, implementation, platform)[0] for program in programs}
+        if names & {"xla"}:
+            function = _in_xla(programs)
         else:
-            function = _whole_leaf(program, _kernel(program, name), ctx)
+            kernel = _kernel(*names)
+            context = ctx.module_context.axis_context
+            single = isinstance(context, mlir.ShardingContext) and (
+                context.num_devices == 1
+            )
+            make = partition.whole if single else partition.partitioned
+            function = make(programs, kernel)
             # Inside, sharding is the partitioner's affair and in no array's type.
             ctx = ctx.replace(avals_in=[_plain(x) for x in ctx.avals_in])
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
@@ -66,31 +89,18 @@ def _lowering(platform: str) -> Callable[..., Any]:
     return lower
 
 
-def _whole_leaf(
-    program: Program, kernel: Any, ctx: mlir.LoweringRuleContext
-) -> Callable[..., list[jax.Array]]:
-    """A kernel as a function of whole leaves, sharded or not."""
-    devices = ctx.module_context.axis_context
-    if isinstance(devices, mlir.ShardingContext) and devices.num_devices == 1:
-        return lambda *operands: kernel(Place(program.shape), program.shape, operands)
-    return partitioned(program, kernel)
-
-
-def _kernel(program: Program, name: str) -> Callable[..., list[jax.Array]]:
-    def run(
-        place: Place, shape: tuple[int, ...], operands: list[jax.Array]
-    ) -> list[jax.Array]:
+def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
+    def run(shards: list[Shard]) -> list[list[jax.Array]]:
         device = jax.local_devices()[0]
         config = config_for(device.device_kind if device.platform == "gpu" else "")
         # Backends import compilers, for which nobody else should wait.
         if name == "triton":
             from optax_flash.fusion import triton
 
-            return triton.update(program, place, shape, operands, config)
+            return triton.update(shards, config)
         from optax_flash.fusion import pallas
 
-        interpret = name == "interpret"
-        return pallas.update(program, place, shape, operands, config, interpret)
+        return pallas.update(shards, config, interpret=name == "interpret")
 
     return run
 

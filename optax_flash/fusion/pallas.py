@@ -1,113 +1,176 @@
 """Programs as Pallas kernels, lowered through Triton: the default on NVIDIA GPUs.
 
-One kernel for a leaf reads every operand once and writes every result once, in place.
+One kernel reads every operand of a leaf once and writes every result once, in place.
+Small leaves share a kernel: each block of threads looks up whose tile it has.
 jax 0.11 deprecates this way of lowering; ``triton`` does without it.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from optax_flash.fusion.ops import Tile
-from optax_flash.fusion.program import Program, Role, on_tile
-from optax_flash.fusion.tiles import Layout, Place, Where
+from optax_flash.fusion.program import Role, on_tile
+from optax_flash.fusion.tiles import Layout, Place, Shard, Where
 from optax_flash.fusion.tuning import Config
 
 
+class _Leaf(NamedTuple):
+    """One leaf in a kernel.
+
+    Attributes:
+      shard: what and where it is.
+      layout: of its tiles.
+      operands: indices among the kernel's operands.
+      offsets: likewise, of the shard's offsets; empty where it is the whole leaf.
+      results: indices among the kernel's results.
+    """
+
+    shard: Shard
+    layout: Layout
+    operands: list[int]
+    offsets: list[int]
+    results: list[int]
+
+
 def update(
-    program: Program,
-    place: Place,
-    shape: tuple[int, ...],
-    operands: list[jax.Array],
-    config: Config,
-    interpret: bool = False,
-) -> list[jax.Array]:
-    """The results of a program on a shard.
+    shards: list[Shard], config: Config, interpret: bool = False
+) -> list[list[jax.Array]]:
+    """The results of programs of one family, each on a shard of its leaf.
 
     Args:
-      program: what to compute.
-      place: where the shard lies in its leaf.
-      shape: the shard's.
-      operands: the shard's.
+      shards: what to compute on.
       config: the size of tiles and of blocks of threads.
       interpret: run in XLA on any platform, for tests.
     """
-    layout = Layout.of(program, shape, place)
-    units = max(1, config.elements // layout.lanes)
-    offsets = list(place.offsets or ())
-    flat = [
-        _scalar(x) if role.kind == "scalar" else x.reshape(-1)
-        for role, x in zip(program.inputs, operands, strict=True)
-    ] + [_scalar(x) for x in offsets]
-    results = [
-        jax.ShapeDtypeStruct(_shape(program, role, x.aval.shape, shape), x.aval.dtype)
-        for role, x in zip(program.outputs, program.jaxpr.outvars, strict=True)
-    ]
+    flat: list[jax.Array] = []
+    known: dict[int, int] = {}
+    out_shapes: list[jax.ShapeDtypeStruct] = []
+    aliases: dict[int, int] = {}
+
+    def operand(x: Any, role: Role | None) -> int:
+        # Most scalars are shared by all leaves.
+        if id(x) not in known:
+            known[id(x)] = len(flat)
+            scalar = role is None or role.kind == "scalar"
+            flat.append(_scalar(x) if scalar else x.reshape(-1))
+        return known[id(x)]
+
+    leaves = []
+    for shard in shards:
+        program = shard.program
+        operands = [
+            operand(*x) for x in zip(shard.operands, program.inputs, strict=True)
+        ]
+        offsets = [operand(x, None) for x in shard.place.offsets or ()]
+        results = []
+        for i, shape in enumerate(shard.result_shapes()):
+            if program.donors[i] is not None:
+                aliases[operands[program.donors[i]]] = len(out_shapes)
+            results.append(len(out_shapes))
+            out_shapes.append(shape)
+        layout = Layout.of(program, shard.shape, shard.place)
+        leaves.append(_Leaf(shard, layout, operands, offsets, results))
+
+    units = max(1, config.elements // leaves[0].layout.lanes)
+    tiles = [pl.cdiv(leaf.layout.units, units) for leaf in leaves]
+    starts = [0, *itertools.accumulate(tiles)]
 
     def kernel(*refs: Any) -> None:
-        inputs, shifts = refs[: len(operands)], refs[len(operands) : len(flat)]
-        first = pl.program_id(0) * units
-        here = place._replace(
-            offsets=tuple(ref[0] for ref in shifts) if offsets else None
-        )
-        elements = layout.elements(first, units)
-        tile = Tile(
-            elements.index.shape, layout.places(here, first, units), elements.mask
-        )
-        args = [
-            _load(layout, first, units, role, ref, x.aval.dtype)
-            for role, ref, x in zip(
-                program.inputs, inputs, program.jaxpr.invars, strict=True
-            )
-        ]
-        outputs = on_tile(program, tile, args)
-        for role, ref, x in zip(
-            program.outputs, refs[len(flat) :], outputs, strict=True
-        ):
-            _store(layout, first, units, role, ref, x)
+        inputs, outputs = refs[: len(flat)], refs[len(flat) :]
+        tile_id = pl.program_id(0)
+        if len(leaves) == 1:
+            whose: Any = 0
+        else:
+            whose = sum((tile_id >= x).astype(jnp.int32) for x in starts[1:-1])
 
+        def load(i: int) -> Any:
+            first = (tile_id - starts[i]) * units
+            return _load_all(leaves[i], inputs, first, units, len(leaves) > 1)
+
+        index, mask, args = _switch(whose, load, len(leaves))
+        program = leaves[0].shard.program
+        results = on_tile(program, Tile(index.shape, index, mask), args)
+        results = [
+            x if role.kind == "scales" else jnp.broadcast_to(x, index.shape)
+            for role, x in zip(program.outputs, results, strict=True)
+        ]
+
+        def store(i: int) -> None:
+            first = (tile_id - starts[i]) * units
+            _store_all(leaves[i], outputs, results, first, units)
+
+        _switch(whose, store, len(leaves))
+
+    everywhere = pl.BlockSpec(memory_space=pl.ANY)
     out = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(layout.units, units),),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(flat),
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(results),
-        out_shape=[jax.ShapeDtypeStruct((x.size,), x.dtype) for x in results],
-        input_output_aliases={
-            donor: i for i, donor in enumerate(program.donors) if donor is not None
-        },
+        grid=(starts[-1],),
+        in_specs=[everywhere] * len(flat),
+        out_specs=[everywhere] * len(out_shapes),
+        out_shape=[jax.ShapeDtypeStruct((x.size,), x.dtype) for x in out_shapes],
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="optax_flash",
     )(*flat)
-    return [x.reshape(like.shape) for x, like in zip(out, results, strict=True)]
+    out = [x.reshape(like.shape) for x, like in zip(out, out_shapes, strict=True)]
+    return [[out[i] for i in leaf.results] for leaf in leaves]
 
 
-def _load(
-    layout: Layout, first: Any, count: int, role: Role, ref: Any, dtype: Any
-) -> Any:
-    if role.kind == "scalar":
-        x = ref[0]
-        return x != 0 if dtype == jnp.bool_ else x
-    if role.kind == "scales":
-        return tuple(
-            _read(ref, layout.scales(role.codec, plane, first, count))
-            for plane in range(role.codec.scales_per_group)
+def _switch(i: Any, branch: Any, n: int) -> Any:
+    """``branch(i)`` for a traced ``i``; halving, so few comparisons are made."""
+
+    def between(low: int, high: int) -> Any:
+        if high - low == 1:
+            return branch(low)
+        middle = (low + high) // 2
+        return lax.cond(
+            i < middle, lambda: between(low, middle), lambda: between(middle, high)
         )
-    return _read(ref, layout.elements(first, count))
+
+    return between(0, n)
 
 
-def _store(
-    layout: Layout, first: Any, count: int, role: Role, ref: Any, x: Any
-) -> None:
-    if role.kind == "scales":
-        for plane, values in enumerate(x):
-            _write(ref, layout.scales(role.codec, plane, first, count), values)
-    else:
-        where = layout.elements(first, count)
-        _write(ref, where, jnp.broadcast_to(x, where.index.shape).astype(ref.dtype))
+def _load_all(leaf: _Leaf, refs: Any, first: Any, units: int, always_mask: bool) -> Any:
+    """``(places, mask, operands)`` of a tile."""
+    shard, layout = leaf.shard, leaf.layout
+    offsets = tuple(refs[i][0] for i in leaf.offsets)
+    place = Place(shard.place.shape, offsets or None)
+    elements = layout.elements(first, units)
+    mask = elements.mask
+    if mask is None and always_mask:
+        mask = elements.index >= 0
+    args = []
+    for role, i, x in zip(
+        shard.program.inputs, leaf.operands, shard.program.jaxpr.invars, strict=True
+    ):
+        if role.kind == "scalar":
+            value = refs[i][0]
+            args.append(value != 0 if x.aval.dtype == jnp.bool_ else value)
+        elif role.kind == "scales":
+            planes = range(role.codec.scales_per_group)
+            where = [layout.scales(role.codec, p, first, units) for p in planes]
+            args.append(tuple(_read(refs[i], w) for w in where))
+        else:
+            args.append(_read(refs[i], elements))
+    return layout.places(place, first, units), mask, args
+
+
+def _store_all(leaf: _Leaf, refs: Any, results: Any, first: Any, units: int) -> None:
+    roles = leaf.shard.program.outputs
+    for role, i, x in zip(roles, leaf.results, results, strict=True):
+        if role.kind == "scales":
+            for plane, values in enumerate(x):
+                where = leaf.layout.scales(role.codec, plane, first, units)
+                _write(refs[i], where, values)
+        else:
+            _write(refs[i], leaf.layout.elements(first, units), x)
 
 
 def _read(ref: Any, where: Where) -> jax.Array:
@@ -116,7 +179,7 @@ def _read(ref: Any, where: Where) -> jax.Array:
 
 
 def _write(ref: Any, where: Where, x: jax.Array) -> None:
-    plgpu.store(ref.at[where.index], x, mask=where.mask)
+    plgpu.store(ref.at[where.index], x.astype(ref.dtype), mask=where.mask)
 
 
 def _scalar(x: Any) -> jax.Array:
@@ -124,12 +187,3 @@ def _scalar(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
     return x.reshape(1)
-
-
-def _shape(
-    program: Program, role: Role, whole: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The shape of a shard of a result."""
-    if role.kind == "scales":
-        return role.codec.scales_shape(shape)
-    return role.codec.codes_shape(shape) if role.codec else shape

@@ -5,6 +5,7 @@ sharded alike, scales along with the groups that they belong to. Where the last 
 shards that do not hold whole units, it is gathered, and the results are the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,62 +17,101 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
+from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash.fusion.program import Program, Role
-from optax_flash.fusion.tiles import Place
+from optax_flash.fusion.tiles import Place, Shard
 
-Kernel = Callable[[Place, tuple[int, ...], list[jax.Array]], list[jax.Array]]
+Programs = tuple[Program, ...]
+Kernel = Callable[[list[Shard]], list[list[jax.Array]]]
 
 
-def partitioned(program: Program, kernel: Kernel) -> Callable[..., list[jax.Array]]:
-    """A kernel as a function of whole leaves that XLA can partition.
+def whole(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Array]]:
+    """A kernel as a function of the operands of whole leaves, one after another."""
 
-    Args:
-      program: what the kernel computes.
-      kernel: ``(place, shape of the shard, operands) -> results``.
-    """
-
-    @custom_partitioning
     def run(*operands: jax.Array) -> list[jax.Array]:
-        return kernel(Place(program.shape), program.shape, list(operands))
+        shards = [
+            Shard(program, Place(program.shape), program.shape, of_leaf)
+            for program, of_leaf in zip(
+                programs, by_leaf(programs, operands), strict=True
+            )
+        ]
+        return [x for results in kernel(shards) for x in results]
 
-    def shardings(mesh: Any, spec: tuple[Any, ...]) -> tuple[Any, Any]:
-        def sharding(role: Role) -> NamedSharding:
+    return run
+
+
+def partitioned(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Array]]:
+    """The same as a function that XLA can partition over devices."""
+    run = custom_partitioning(whole(programs, kernel))
+
+    def shardings(mesh: Any, specs: list[Any]) -> tuple[Any, Any]:
+        def sharding(role: Role, spec: Any) -> NamedSharding:
             entries = () if role.kind == "scalar" else spec
             return NamedSharding(mesh, PartitionSpec(*entries))
 
+        pairs = list(zip(programs, specs, strict=True))
         return (
-            [sharding(role) for role in program.outputs],
-            tuple(sharding(role) for role in program.inputs),
+            [sharding(role, spec) for p, spec in pairs for role in p.outputs],
+            tuple(sharding(role, spec) for p, spec in pairs for role in p.inputs),
         )
+
+    def specs_of(mesh: Any, arg_shapes: Any) -> list[Any]:
+        pairs = zip(programs, by_leaf(programs, arg_shapes), strict=True)
+        return [_spec(program, mesh, of_leaf) for program, of_leaf in pairs]
 
     def partition(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        spec = _spec(program, mesh, arg_shapes)
-        shape = tuple(
-            size // _shards(mesh, entry)
-            for size, entry in zip(program.shape, spec, strict=True)
-        )
+        specs = specs_of(mesh, arg_shapes)
 
-        def run_shard(*operands: jax.Array) -> list[jax.Array]:
-            offsets = tuple(
-                lax.axis_index(entry) * size if entry else 0
-                for entry, size in zip(spec, shape, strict=True)
-            )
-            place = Place(program.shape, offsets if any(spec) else None)
-            return kernel(place, shape, list(operands))
+        def run_shards(*operands: jax.Array) -> list[jax.Array]:
+            indices: dict[Any, jax.Array] = {}
+            shards = []
+            rows = zip(programs, specs, by_leaf(programs, operands), strict=True)
+            for program, spec, of_leaf in rows:
+                shape = tuple(
+                    size // _shards(mesh, entry)
+                    for size, entry in zip(program.shape, spec, strict=True)
+                )
+                for entry in filter(None, spec):
+                    indices.setdefault(entry, lax.axis_index(entry))
+                offsets = tuple(
+                    indices[entry] * size if entry else 0
+                    for entry, size in zip(spec, shape, strict=True)
+                )
+                place = Place(program.shape, offsets if any(spec) else None)
+                shards.append(Shard(program, place, shape, of_leaf))
+            return [x for results in kernel(shards) for x in results]
 
-        return mesh, run_shard, *shardings(mesh, spec)
+        return mesh, run_shards, *shardings(mesh, specs)
 
     def infer(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        return shardings(mesh, _spec(program, mesh, arg_shapes))[0]
+        return shardings(mesh, specs_of(mesh, arg_shapes))[0]
 
     run.def_partition(
-        partition, infer_sharding_from_operands=infer, sharding_rule=_rule(program)
+        partition, infer_sharding_from_operands=infer, sharding_rule=_rule(programs)
     )
     return run
+
+
+@functools.cache
+def asks_for_devices() -> core.Jaxpr:
+    """What makes jax tell a lowering its devices, which partitioning needs.
+
+    It does so only where it sees an equation that is known to need them, such as a
+    custom_partitioning, also inside of an equation's parameters.
+    """
+    function = custom_partitioning(lambda x: x)
+    function.def_partition(None, sharding_rule="i -> i")
+    return jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), "float32")).jaxpr
+
+
+def by_leaf(programs: Programs, operands: Any) -> list[list[Any]]:
+    """The operands of several programs, which follow one another, for each."""
+    remaining = iter(operands)
+    return [[next(remaining) for _ in program.inputs] for program in programs]
 
 
 def _spec(program: Program, mesh: Any, arg_shapes: Any) -> tuple[Any, ...]:
@@ -97,42 +137,56 @@ def _shards(mesh: Any, entry: Any) -> int:
     return shards
 
 
-def _rule(program: Program) -> SdyShardingRule:
+def _rule(programs: Programs) -> SdyShardingRule:
     """The same in the terms of XLA's partitioner: which axes go together."""
-    rows = [f"row_{axis}" for axis in range(len(program.shape) - 1)]
-    lanes, columns = program.lanes, program.shape[-1]
-    whole_units = columns % lanes == 0
+    operands: list[ArrayMapping] = []
+    results: list[ArrayMapping] = []
     sizes: dict[str, int] = {}
     replicated: set[str] = set()
-
-    def last(role: Role) -> Any:
-        if not whole_units:
-            # Shards would end within a group.
-            name = f"columns_{role.codec.group}" if role.kind == "scales" else "columns"
-            replicated.add(name)
-            return name
-        inner = lanes
-        if role.kind == "scales":
-            inner = lanes // role.codec.group * role.codec.scales_per_group
-        if inner == 1:
-            return "units"
-        name = f"in_unit_{inner}"
-        sizes[name] = inner
-        return CompoundFactor("units", name)
-
-    def mapping(role: Role) -> ArrayMapping:
-        if role.kind == "scalar":
-            return ArrayMapping()
-        return ArrayMapping(*rows, last(role))
-
-    operands = tuple(mapping(role) for role in program.inputs)
-    results = tuple(mapping(role) for role in program.outputs)
-    if sizes and not any("units" in tuple(m) for m in (*operands, *results)):
-        # Only where no whole axis tells it.
-        sizes["units"] = columns // lanes
+    for n, program in enumerate(programs):
+        leaf = f"leaf{n}_"
+        of_leaf = _leaf_rule(program, leaf, sizes, replicated)
+        operands += of_leaf[0]
+        results += of_leaf[1]
     return SdyShardingRule(
-        operands,
-        results,
+        tuple(operands),
+        tuple(results),
         need_replication_factors=tuple(sorted(replicated)),
         **sizes,
     )
+
+
+def _leaf_rule(
+    program: Program, leaf: str, sizes: dict[str, int], replicated: set[str]
+) -> tuple[list[ArrayMapping], list[ArrayMapping]]:
+    rows = [f"{leaf}row{axis}" for axis in range(len(program.shape) - 1)]
+    units, columns = f"{leaf}units", program.shape[-1]
+    whole_units = columns % program.lanes == 0
+    alone = False
+
+    def last(role: Role) -> Any:
+        nonlocal alone
+        if not whole_units:
+            # Shards would end within a group.
+            group = role.codec.group if role.codec and role.kind == "scales" else 0
+            replicated.add(f"{leaf}columns{group}")
+            return f"{leaf}columns{group}"
+        inner = program.lanes
+        if role.codec and role.kind == "scales":
+            inner = program.lanes // role.codec.group * role.codec.scales_per_group
+        if inner == 1:
+            alone = True
+            return units
+        sizes[f"{leaf}in_unit{inner}"] = inner
+        return CompoundFactor(units, f"{leaf}in_unit{inner}")
+
+    def mapping(role: Role) -> ArrayMapping:
+        scalar = role.kind == "scalar"
+        return ArrayMapping() if scalar else ArrayMapping(*rows, last(role))
+
+    operands = [mapping(role) for role in program.inputs]
+    results = [mapping(role) for role in program.outputs]
+    if whole_units and not alone:
+        # Only where no whole axis tells it.
+        sizes[units] = columns // program.lanes
+    return operands, results

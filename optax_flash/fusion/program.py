@@ -1,7 +1,9 @@
 """A program: the elementwise part of an update for one kind of leaf."""
 
 import dataclasses
+import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optax_flash.fusion.ops import Decode, Encode, Op, Tile, op_p
+from optax_flash.fusion.ops import Decode, Encode, Op, Round, Tile, op_p
 from optax_flash.numerics.codecs import Codec
 
 
@@ -72,6 +74,29 @@ class Program:
         """Neighbours that a tile must hold together: whole groups of every codec."""
         codecs = {role.codec for role in (*self.inputs, *self.outputs) if role.codec}
         return math.lcm(*(codec.group for codec in codecs)) if codecs else 1
+
+    @functools.cached_property
+    def family(self) -> Any:
+        """Equal for programs that differ in the leaf's shape alone."""
+        number: dict[Any, int] = {}
+
+        def name(x: Any) -> Any:
+            if isinstance(x, core.Literal):
+                return str(x.val), x.aval.dtype
+            return number.setdefault(x, len(number)), x.aval.dtype
+
+        operands = tuple(name(x) for x in self.jaxpr.invars)
+        equations = [
+            (
+                eqn.primitive,
+                _without_shapes(eqn.params),
+                tuple(map(name, eqn.invars)),
+                tuple(map(name, eqn.outvars)),
+            )
+            for eqn in self.jaxpr.eqns
+        ]
+        results = tuple(name(x) for x in self.jaxpr.outvars)
+        return operands, tuple(equations), results, self.inputs, self.donors
 
     def primitives(self) -> set[str]:
         """The names of all primitives, those inside of nested calls among them."""
@@ -165,6 +190,20 @@ def _misfit_of_call(jaxpr: Any) -> str | None:
             name = eqn.primitive.name
             return WORDS.get(name, f"{name!r} inside a call")
     return None
+
+
+def _without_shapes(params: dict[str, Any]) -> Any:
+    named = []
+    for key, value in params.items():
+        if key in ("shape", "sharding", "broadcast_dimensions"):
+            continue
+        if isinstance(value, Decode | Encode | Round):
+            value = dataclasses.replace(value, shape=())
+        elif key in CALLS.values():
+            # Shapes are inside of it, so text is compared that has none of them.
+            value = re.sub(r"\[[\d,]*\]", "", str(value))
+        named.append((key, value))
+    return tuple(named)
 
 
 def _flat(jaxpr: core.Jaxpr) -> Any:

@@ -16,7 +16,7 @@ from jax.extend import core
 
 from optax_flash.fusion import leaf as leaves
 from optax_flash.fusion import split as splits
-from optax_flash.fusion.choose import IMPLEMENTATIONS, misfit
+from optax_flash.fusion.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
 from optax_flash.numerics import hashing
 
 PyTree = Any
@@ -40,15 +40,19 @@ class _Trace:
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
     "optax_flash_trace", default=None
 )
-_watched: contextvars.ContextVar[list[splits.Leaf] | None] = contextvars.ContextVar(
+Watched = list[tuple[splits.Leaf, str | None]]
+_watched: contextvars.ContextVar[Watched | None] = contextvars.ContextVar(
     "optax_flash_leaves", default=None
 )
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[list[splits.Leaf]]:
-    """Gives a list into which updates put their leaves while the context is open."""
-    seen: list[splits.Leaf] = []
+def watch() -> Iterator[Watched]:
+    """Gives a list of the leaves that updates run while the context is open.
+
+    Beside each leaf is the implementation that was asked for.
+    """
+    seen: Watched = []
     token = _watched.set(seen)
     try:
         yield seen
@@ -65,6 +69,19 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes many objects that live on: looking for garbage costs a fifth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def run(
     update: Update,
     updates: PyTree,
@@ -116,8 +133,7 @@ def run(
 
     operands, treedef = jax.tree.flatten((updates, state, params))
     operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
-    with _no_garbage_collection():
-        closed = jax.make_jaxpr(flat)(*operands)
+    closed = jax.make_jaxpr(flat)(*operands)
     out_treedef, new_state = structure[0]
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves
@@ -127,26 +143,13 @@ def run(
         donors.update({i: first + i for i in range(n_updates)})
     if new_state == jax.tree.structure(state):
         donors.update({n_updates + i: sizes[0] + i for i in range(sizes[1])})
-    all_names = [""] * len(closed.consts) + names + [""] * (len(operands) - len(names))
     results = _run_parts(
-        splits.split(closed.jaxpr, all_names, donors),
+        splits.split(closed.jaxpr, names, donors),
         closed,
         [*closed.consts, *operands],
         _one(trace.implementations),
     )
     return jax.tree.unflatten(out_treedef, results)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes many objects that live on: looking for garbage costs a fifth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _one(implementations: set[str]) -> str | None:
@@ -170,7 +173,7 @@ def _run_parts(
         split = split._replace(leaves=misfits)
     watched = _watched.get()
     if watched is not None:
-        watched.extend(split.leaves)
+        watched.extend((leaf, implementation) for leaf in split.leaves)
     if implementation not in (None, "xla"):
         _check_fit(split.leaves, implementation)
     if effects:
@@ -191,25 +194,50 @@ def _run_parts(
             strict=True,
         )
     )
-    for leaf in split.leaves:
-        if leaf.program is None:
-            continue
+    for batch in _batches([leaf for leaf in split.leaves if leaf.program]):
         results = leaves.update(
-            leaf.program, implementation, [read(x) for x in leaf.operands]
+            tuple(leaf.program for leaf in batch if leaf.program),
+            implementation,
+            [[read(x) for x in leaf.operands] for leaf in batch],
         )
-        env.update(zip(leaf.results, results, strict=True))
+        for leaf, of_leaf in zip(batch, results, strict=True):
+            env.update(zip(leaf.results, of_leaf, strict=True))
     rest = jax.core.eval_jaxpr(split.rest, (), *map(read, split.rest_operands))
     env.update(zip(split.rest.outvars, rest, strict=True))
     return [read(x) for x in split.returned]
+
+
+def _batches(fitting: list[splits.Leaf]) -> Iterator[list[splits.Leaf]]:
+    """Leaves that run together: small ones of one family, equal programs first."""
+    families: dict[Any, dict[Any, list[splits.Leaf]]] = {}
+    for leaf in fitting:
+        if leaf.program.size >= SMALL:
+            yield [leaf]
+        else:
+            family = families.setdefault(leaf.program.family, {})
+            family.setdefault(leaf.program, []).append(leaf)
+    for family in families.values():
+        rest = []
+        for alike in family.values():
+            # Whole batches of one program, which are traced and compiled once.
+            full = len(alike) // TOGETHER * TOGETHER
+            for i in range(0, full, TOGETHER):
+                yield alike[i : i + TOGETHER]
+            rest += alike[full:]
+        for i in range(0, len(rest), TOGETHER):
+            yield rest[i : i + TOGETHER]
 
 
 def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
     """Raises where a named implementation cannot run every leaf."""
     reasons: dict[str, list[str]] = {}
     for leaf in all_leaves:
-        reason = leaf.reason or misfit(leaf.program, implementation)
+        if leaf.program:
+            reason = misfit(leaf.program, implementation)
+        else:
+            reason = leaf.reason
         if reason:
-            reasons.setdefault(reason, []).append(leaf.name or "params")
+            reasons.setdefault(reason, []).extend(leaf.names or ["the state"])
     if reasons:
         lines = [
             f"  {', '.join(map(repr, paths[:3]))}"

@@ -29,14 +29,14 @@ class Leaf(NamedTuple):
       program: what to compute; None where the reason says why there is none.
       operands: variables or literals, one for each of the program's inputs.
       results: variables, one for each output.
-      name: the path of the leaf's param.
-      reason: why no program fits.
+      names: the paths of the params that it concerns, as far as known.
+      reason: why no program fits, or what is special about it.
     """
 
     program: Program | None
     operands: list[Any]
     results: list[Any]
-    name: str
+    names: tuple[str, ...]
     reason: str | None
 
 
@@ -64,8 +64,9 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     """Cuts the jaxpr of an update.
 
     Args:
-      jaxpr: its constants are operands like any other.
-      names: a name for each operand: the path of a param, or "".
+      jaxpr: its constants are operands like any other. The first operands beside them
+        are gradients, the first results updates.
+      names: the paths of the gradients.
       donors: for the position of a result, that of the operand which it replaces.
     """
     operands = [*jaxpr.constvars, *jaxpr.invars]
@@ -100,14 +101,27 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     used = {x for eqn in eqns for x in eqn.invars if not isinstance(x, core.Literal)}
     used.update(others)
     rest_operands = [x for x in known if x in used]
+    first = _slice(jaxpr, scalars, is_operand)
+    reread = {x for eqn in first for x in eqn.invars if _is_array(x)}
+    reread -= set(jaxpr.invars[: len(names)])
+    leaves = [
+        leaf._replace(reason=TWICE)
+        if leaf.program and any(x in reread for x in leaf.operands if _is_array(x))
+        else leaf
+        for leaf in leaves
+    ]
     return Split(
-        prologue=_jaxpr(operands, scalars, _slice(jaxpr, scalars, is_operand)),
+        prologue=_jaxpr(operands, scalars, first),
         scalars=scalars,
         leaves=leaves,
         rest=_jaxpr(rest_operands, others, eqns),
         rest_operands=rest_operands,
         returned=list(jaxpr.outvars),
     )
+
+
+TWICE = "elementwise, after a pass over it that computes scalars"
+"""Such as a norm of the update, which the update is then scaled by."""
 
 
 class _Groups:
@@ -167,13 +181,15 @@ def _leaves(
 ) -> list[Leaf]:
     members: dict[Any, tuple[list[Any], list[Any]]] = {}
     place = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
-    name_of: dict[Any, str] = {}
-    for x, name in zip(operands, names, strict=True):
+    names_of: dict[Any, list[str]] = {}
+    for x in operands:
         if x in groups:
-            root = groups.find(x)
-            members.setdefault(root, ([], []))[0].append(x)
-            if name:
-                name_of.setdefault(root, name)
+            members.setdefault(groups.find(x), ([], []))[0].append(x)
+    # What a misfit needs is not known, so its results tell names too.
+    for beginning in (jaxpr.invars, jaxpr.outvars):
+        for x, name in zip(beginning, names, strict=False):
+            if _is_array(x) and x in groups:
+                names_of.setdefault(groups.find(x), []).append(name)
     is_operand = set(operands)
     donor_of: dict[Any, Any] = {}
     for i, x in enumerate(jaxpr.outvars):
@@ -186,14 +202,15 @@ def _leaves(
         if not results:
             continue
         eqns = sorted(groups.eqns.get(root, []), key=lambda eqn: place[id(eqn)])
-        name, reason = name_of.get(root, ""), groups.reasons.get(root)
+        found_names = tuple(dict.fromkeys(names_of.get(root, ())))
+        reason = groups.reasons.get(root)
         if reason is None and (shape := programs.leaf_shape(eqns)) is None:
             reason = "arrays of several shapes meet"
         if reason is not None:
-            leaves.append(Leaf(None, [], results, name, reason))
+            leaves.append(Leaf(None, [], results, found_names, reason))
             continue
         found, scalars = _program(shape, eqns, arrays, results, donor_of)
-        leaves.append(Leaf(found, arrays + scalars, results, name, None))
+        leaves.append(Leaf(found, arrays + scalars, results, found_names, None))
     return leaves
 
 

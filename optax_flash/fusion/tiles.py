@@ -31,6 +31,36 @@ class Place(NamedTuple):
     offsets: tuple[Any, ...] | None = None
 
 
+class Shard(NamedTuple):
+    """What a kernel is given of one leaf.
+
+    Attributes:
+      program: what to compute.
+      place: where the shard lies in its leaf.
+      shape: the shard's.
+      operands: the shard's, one for each of the program's inputs.
+    """
+
+    program: Program
+    place: Place
+    shape: tuple[int, ...]
+    operands: list[jax.Array]
+
+    def result_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the shard's results."""
+        shapes = []
+        for role, x in zip(
+            self.program.outputs, self.program.jaxpr.outvars, strict=True
+        ):
+            shape = self.shape
+            if role.codec and role.kind == "scales":
+                shape = role.codec.scales_shape(shape)
+            elif role.codec:
+                shape = role.codec.codes_shape(shape)
+            shapes.append(jax.ShapeDtypeStruct(shape, x.aval.dtype))
+        return shapes
+
+
 class Where(NamedTuple):
     """Flat places of a tile's elements in a buffer, and which of them exist."""
 

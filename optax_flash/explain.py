@@ -1,0 +1,131 @@
+"""``explain``: which implementation runs each leaf of an optimizer, and why."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from optax_flash.fusion import run
+from optax_flash.fusion.choose import choose
+from optax_flash.fusion.split import Leaf
+from optax_flash.transforms import _mirror
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What happens to leaves that are alike.
+
+    Attributes:
+      params: their paths.
+      shape: of each.
+      implementation: ``"xla"``, ``"pallas"`` or ``"triton"``.
+      reason: why this one, in words.
+    """
+
+    params: tuple[str, ...]
+    shape: tuple[int, ...]
+    implementation: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How an optimizer's update runs; prints as a table.
+
+    Attributes:
+      platform: the one that it is for.
+      paths: one for each group of leaves that are alike.
+    """
+
+    platform: str
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        rows = [("leaves", "first", "shape", "runs in", "because")]
+        for path in self.paths:
+            rows.append(
+                (
+                    str(len(path.params)),
+                    path.params[0],
+                    str(list(path.shape)),
+                    path.implementation,
+                    path.reason,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].rjust(widths[0])]
+                + [x.ljust(w) for x, w in zip(row[1:], widths[1:], strict=True)]
+            ).rstrip()
+            for row in rows
+        ]
+        return f"on {self.platform}\n" + "\n".join(lines)
+
+
+def explain(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    platform: str | None = None,
+    **extra_args: Any,
+) -> Explanation:
+    """Tells for each leaf which implementation runs it, and why.
+
+    Args:
+      tx: any transformation with :func:`compress` or :func:`master_weights` in it.
+      params: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
+      platform: ``"cuda"``, ``"cpu"`` or ``"tpu"``; None for the one at hand.
+      **extra_args: what ``tx.update`` needs beside gradients and params.
+
+    Returns:
+      An :class:`Explanation`, which prints as a table.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"kernel": jnp.ones((512, 512)), "bias": jnp.ones(512)}
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
+      >>> print(optax_flash.explain(tx, params, platform="cuda"))
+      on cuda
+      leaves  first   shape       runs in  because
+           1  bias    [512]       xla      it has fewer than 65536 elements
+           1  kernel  [512, 512]  pallas   elementwise
+    """
+    if platform is None:
+        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    state = jax.eval_shape(tx.init, params)
+    update = optax.with_extra_args_support(tx).update
+    with run.watch() as leaves:
+        jax.eval_shape(
+            lambda state, params: update(params, state, params, **extra_args)[1],
+            state,
+            params,
+        )
+    groups: dict[Any, list[str]] = {}
+    for leaf, implementation in leaves:
+        kind = _kind(leaf, implementation, platform)
+        groups.setdefault(kind, []).extend(leaf.names or ["(state)"])
+    seen = {name for names in groups.values() for name in names}
+    for path, p in zip(
+        _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
+    ):
+        if leaves and path not in seen and not p.shape:
+            reason = "it is a scalar, as bias corrections are"
+            groups.setdefault(((), "xla", reason, None), []).append(path)
+    return Explanation(
+        platform,
+        tuple(
+            Path(tuple(names), shape, name, reason)
+            for (shape, name, reason, _), names in groups.items()
+        ),
+    )
+
+
+def _kind(leaf: Leaf, implementation: str | None, platform: str) -> tuple[Any, ...]:
+    """What leaves that are alike have in common."""
+    shape = leaf.results[0].aval.shape
+    if leaf.program is None:
+        return shape, "xla", leaf.reason, None
+    name, reason = choose(leaf.program, implementation, platform)
+    return shape, name, leaf.reason or reason if name != "xla" else reason, leaf.program
