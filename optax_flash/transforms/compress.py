@@ -119,6 +119,11 @@ def compress(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
+        if not isinstance(state, CompressState):
+            raise ValueError(
+                f"compress: the state is a {type(state).__name__}, not a CompressState. "
+                "Pass what this transformation's init returned."
+            )
         paths = _mirror.leaf_paths(updates)
 
         def step(
@@ -248,11 +253,6 @@ def _decode(
 
 def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:
     """The parts of the state's inner state, if it is one for these updates."""
-    if not isinstance(state, CompressState):
-        raise ValueError(
-            f"compress: the state is a {type(state).__name__}, not a CompressState. "
-            "Pass what this transformation's init returned."
-        )
     for scales in state.scales.values():
         _mirror.check_mirrors(scales, updates, "compress: the gradients")
     parts, join = _mirror.split_state(state.inner_state, updates)
