@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint optimizer-table seeds trace clean
+.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -23,6 +23,12 @@ seeds: .venv/examples ## the demo over three seeds
 
 trace: .venv/examples ## tracing time against optax.adamw
 	$(BIN)/python benchmarks/trace_time.py
+
+bench-cpu: .venv/examples ## step time on a CPU against optax
+	$(BIN)/python benchmarks/bench_cpu.py
+
+gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
+	$(BIN)/python benchmarks/gpu_report.py
 
 clean:
 	rm -rf .venv runs data

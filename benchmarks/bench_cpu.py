@@ -156,8 +156,8 @@ def show(name: str, shapes: Shapes, table: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="JSON file")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one timing")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one timing")
     parser.add_argument(
         "--tiny", action="store_true", help="tiny leaves, for the tests"
     )

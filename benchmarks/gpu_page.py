@@ -126,7 +126,7 @@ def draw_chart(report: Report, path: pathlib.Path) -> str:
         return "not drawn: matplotlib is not installed"
     leaf_sets = report["leaf_sets"]
     names = list(report["contenders"])
-    height = 0.9 + len(leaf_sets) * (0.42 * len(names) + 0.9)
+    height = 0.9 + len(leaf_sets) * (0.32 * len(names) + 0.9)
     figure = Figure(figsize=(10, height), layout="constrained")
     figure.suptitle(title(report))
     all_axes = figure.subplots(len(leaf_sets), squeeze=False)[:, 0]

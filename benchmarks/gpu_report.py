@@ -16,6 +16,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -24,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 # JAX and PyTorch share the device's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -41,8 +42,9 @@ from contenders import (  # noqa: E402
     ours,
     require,
 )
-from gpu_checks import CASES, DRY_SHAPES, LIMITS, SHAPES, check  # noqa: E402
+from gpu_checks import CASES, LIMITS, check  # noqa: E402
 from gpu_page import draw_chart, markdown  # noqa: E402
+from gpu_plan import DRY, REAL, Plan  # noqa: E402
 from rounds import METHOD, alternate, reason, timed_calls  # noqa: E402
 from torch_contenders import flashoptim, torch_fused  # noqa: E402
 
@@ -60,73 +62,6 @@ PACKAGES = (
     "flashoptim",
     "torch",
     "triton",
-)
-
-
-class Plan(NamedTuple):
-    """What a real run and a dry run do differently.
-
-    Attributes:
-      implementations: of our transformations.
-      leaf_sets: shapes by name.
-      check_shapes: leaves for the comparison with plain JAX.
-      check_steps: steps compared.
-      rounds: how often each contender is timed.
-      seconds: about how long one timing takes.
-      copy_bytes: size of the copied array.
-      minutes: after so long no timing begins.
-    """
-
-    implementations: tuple[str, ...]
-    leaf_sets: Mapping[str, Shapes]
-    check_shapes: Mapping[str, tuple[int, ...]]
-    check_steps: int
-    rounds: int
-    seconds: float
-    copy_bytes: int
-    minutes: float
-
-
-def gpt2(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
-    """All leaves of a GPT-2: embeddings, blocks, last norm."""
-    block = [(width,), (width,), (width, 3 * width), (3 * width,)]
-    block += [(width, width), (width,), (width,), (width,)]
-    block += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(vocabulary, width), (context, width), *layers * block, (width,), (width,)]
-
-
-def llama_layer(width: int, key_width: int, hidden: int) -> Shapes:
-    """q, k, v, o, gate, up, down and both norms."""
-    attention = [(width, width), (width, key_width), (width, key_width), (width, width)]
-    mlp = [(width, hidden), (width, hidden), (hidden, width)]
-    return [*attention, *mlp, (width,), (width,)]
-
-
-REAL = Plan(
-    implementations=("pallas", "triton"),
-    leaf_sets={
-        "1024^2": [(1024, 1024)],
-        "4096^2": [(4096, 4096)],
-        "16384^2": [(16384, 16384)],
-        "GPT-2 124M": gpt2(12, 768, 50257, 1024),
-        "Llama-3.1-8B layer": llama_layer(4096, 1024, 14336),
-    },
-    check_shapes=SHAPES,
-    check_steps=8,
-    rounds=5,
-    seconds=0.05,
-    copy_bytes=2**30,
-    minutes=8.0,
-)
-DRY = Plan(
-    implementations=("xla", "interpret"),
-    leaf_sets={"64^2": [(64, 64)], "GPT-2, reduced": gpt2(1, 64, 257, 64)},
-    check_shapes=DRY_SHAPES,
-    check_steps=2,
-    rounds=2,
-    seconds=0.01,
-    copy_bytes=2**20,
-    minutes=10.0,
 )
 
 
@@ -253,7 +188,7 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def parse(args: list[str] | None) -> tuple[argparse.Namespace, Plan]:
+def parse(args: list[str]) -> tuple[argparse.Namespace, Plan]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
@@ -282,6 +217,7 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, Plan]:
 
 
 def main(args: list[str] | None = None) -> int:
+    args = sys.argv[1:] if args is None else args
     parsed, plan = parse(args)
     deadline = time.monotonic() + 60 * plan.minutes
     if parsed.dry_run:
@@ -300,7 +236,7 @@ def main(args: list[str] | None = None) -> int:
     checks = run_checks(plan)
     report: dict[str, Any] = {
         "dry_run": parsed.dry_run,
-        "command": " ".join(["python", "benchmarks/gpu_report.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/gpu_report.py", *args]),
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": versions(),
@@ -316,7 +252,7 @@ def main(args: list[str] | None = None) -> int:
         "leaf_sets": {
             name: {
                 "shapes": [list(shape) for shape in shapes],
-                "parameters": sum(map(count, shapes)),
+                "parameters": sum(map(math.prod, shapes)),
                 "single_steps": {},
                 "compiled_loop": {},
             }
@@ -328,22 +264,19 @@ def main(args: list[str] | None = None) -> int:
             timed = time_leaf_set(shapes, entrants, plan, looped, deadline)
             report["leaf_sets"][name][key] = timed
             # Kept after each set, in case a contender takes the process with it.
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            write(path, report)
             print(f"timed  {name}, {key.replace('_', ' ')}", flush=True)
-    chart = draw_chart(report, path.with_suffix(".png"))
-    report["chart"] = chart
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
-    print(f"Written: {path} and beside it .md; chart: {chart}")
+    report["chart"] = draw_chart(report, path.with_suffix(".png"))
+    write(path, report)
+    page = markdown(report)
+    path.with_suffix(".md").write_text(page)
+    print(page)
+    print(f"Written: {path} and .md beside it; chart: {report['chart']}")
     return 0 if report["passed"] else 1
 
 
-def count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+def write(path: pathlib.Path, report: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

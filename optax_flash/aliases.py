@@ -24,6 +24,7 @@ def adamw8(
     mask: Mask = None,
     nesterov: bool = False,
     codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with 8-bit moments: ``compress(optax.adamw(...))`` and nothing more.
 
@@ -47,6 +48,7 @@ def adamw8(
         decay.
       nesterov: use Nesterov momentum.
       codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
 
     Returns:
       The transformation.
@@ -85,6 +87,7 @@ def adamw8(
             nesterov=nesterov,
         ),
         codecs,
+        implementation=implementation,
     )
 
 
@@ -97,6 +100,7 @@ def adam8(
     *,
     nesterov: bool = False,
     codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with 8-bit moments: ``compress(optax.adam(...))``.
 
@@ -121,6 +125,7 @@ def adam8(
             nesterov=nesterov,
         ),
         codecs,
+        implementation=implementation,
     )
 
 
@@ -132,6 +137,7 @@ def lion8(
     weight_decay: Scalar = 1e-3,
     mask: Mask = None,
     codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion with an 8-bit momentum: ``compress(optax.lion(...))``.
 
@@ -148,6 +154,7 @@ def lion8(
       weight_decay: :math:`\lambda`, multiplied by the learning rate.
       mask: which params decay, as in :func:`adamw8`.
       codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
 
     Returns:
       The transformation.
@@ -173,6 +180,7 @@ def lion8(
             mask=mask,
         ),
         codecs,
+        implementation=implementation,
     )
 
 
@@ -182,6 +190,7 @@ def sgd8(
     nesterov: bool = False,
     *,
     codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with an 8-bit momentum: ``compress(optax.sgd(...))``.
 
@@ -192,6 +201,7 @@ def sgd8(
       momentum: :math:`\mu`; with None, as in optax, there is no state to store.
       nesterov: use Nesterov momentum.
       codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
 
     Returns:
       The transformation.
@@ -212,7 +222,9 @@ def sgd8(
     if momentum is not None:
         momentum = _rate("momentum", momentum)
     return compress(
-        optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov), codecs
+        optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov),
+        codecs,
+        implementation=implementation,
     )
 
 
@@ -224,6 +236,7 @@ def scale_by_adam8(
     *,
     nesterov: bool = False,
     codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``compress(optax.scale_by_adam(...))``; see :func:`adamw8`.
 
@@ -240,11 +253,16 @@ def scale_by_adam8(
             nesterov=nesterov,
         ),
         codecs,
+        implementation=implementation,
     )
 
 
 def scale_by_lion8(
-    b1: Scalar = 0.9, b2: Scalar = 0.99, *, codecs: Codecs = None
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    *,
+    codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``compress(optax.scale_by_lion(...))``; see :func:`lion8`.
 
@@ -252,11 +270,19 @@ def scale_by_lion8(
       >>> import optax, optax_flash
       >>> tx = optax.chain(optax_flash.scale_by_lion8(), optax.scale(-1e-4))
     """
-    return compress(optax.scale_by_lion(b1=_rate("b1", b1), b2=_rate("b2", b2)), codecs)
+    return compress(
+        optax.scale_by_lion(b1=_rate("b1", b1), b2=_rate("b2", b2)),
+        codecs,
+        implementation=implementation,
+    )
 
 
 def trace8(
-    decay: Scalar, nesterov: bool = False, *, codecs: Codecs = None
+    decay: Scalar,
+    nesterov: bool = False,
+    *,
+    codecs: Codecs = None,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``compress(optax.trace(...))``: momentum; see :func:`sgd8`.
 
@@ -264,7 +290,11 @@ def trace8(
       >>> import optax, optax_flash
       >>> tx = optax.chain(optax_flash.trace8(0.9), optax.scale(-0.1))
     """
-    return compress(optax.trace(_rate("decay", decay), nesterov=nesterov), codecs)
+    return compress(
+        optax.trace(_rate("decay", decay), nesterov=nesterov),
+        codecs,
+        implementation=implementation,
+    )
 
 
 def _number(x: Any) -> Any:

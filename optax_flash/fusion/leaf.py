@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import mlir
 
@@ -77,13 +76,12 @@ def _lowering(platform: str) -> Callable[..., Any]:
         else:
             kernel = _kernel(*names)
             context = ctx.module_context.axis_context
-            single = isinstance(context, mlir.ShardingContext) and (
-                context.num_devices == 1
-            )
-            make = partition.whole if single else partition.partitioned
-            function = make(programs, kernel)
-            # Inside, sharding is the partitioner's affair and in no array's type.
-            ctx = ctx.replace(avals_in=[_plain(x) for x in ctx.avals_in])
+            if isinstance(context, mlir.ShardingContext) and context.num_devices == 1:
+                function = partition.whole(programs, kernel)
+            elif partition.explicit_mesh(ctx.avals_in):
+                function = partition.mapped(programs, kernel, ctx.avals_in)
+            else:
+                function = partition.partitioned(programs, kernel)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     return lower
@@ -103,10 +101,6 @@ def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
         return pallas.update(shards, config, interpret=name == "interpret")
 
     return run
-
-
-def _plain(x: Any) -> ShapedArray:
-    return ShapedArray(x.shape, x.dtype)
 
 
 mlir.register_lowering(update_p, _lowering("other"), inline=False)

@@ -18,7 +18,7 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Place, Shard
@@ -46,54 +46,70 @@ def partitioned(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Ar
     """The same as a function that XLA can partition over devices."""
     run = custom_partitioning(whole(programs, kernel))
 
-    def shardings(mesh: Any, specs: list[Any]) -> tuple[Any, Any]:
-        def sharding(role: Role, spec: Any) -> NamedSharding:
-            entries = () if role.kind == "scalar" else spec
-            return NamedSharding(mesh, PartitionSpec(*entries))
-
-        pairs = list(zip(programs, specs, strict=True))
-        return (
-            [sharding(role, spec) for p, spec in pairs for role in p.outputs],
-            tuple(sharding(role, spec) for p, spec in pairs for role in p.inputs),
-        )
-
-    def specs_of(mesh: Any, arg_shapes: Any) -> list[Any]:
-        pairs = zip(programs, by_leaf(programs, arg_shapes), strict=True)
-        return [_spec(program, mesh, of_leaf) for program, of_leaf in pairs]
+    def shardings(mesh: Any, specs: list[PartitionSpec]) -> list[NamedSharding]:
+        return [NamedSharding(mesh, spec) for spec in specs]
 
     def partition(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        specs = specs_of(mesh, arg_shapes)
-
-        def run_shards(*operands: jax.Array) -> list[jax.Array]:
-            indices: dict[Any, jax.Array] = {}
-            shards = []
-            rows = zip(programs, specs, by_leaf(programs, operands), strict=True)
-            for program, spec, of_leaf in rows:
-                shape = tuple(
-                    size // _shards(mesh, entry)
-                    for size, entry in zip(program.shape, spec, strict=True)
-                )
-                for entry in filter(None, spec):
-                    indices.setdefault(entry, lax.axis_index(entry))
-                offsets = tuple(
-                    indices[entry] * size if entry else 0
-                    for entry, size in zip(spec, shape, strict=True)
-                )
-                place = Place(program.shape, offsets if any(spec) else None)
-                shards.append(Shard(program, place, shape, of_leaf))
-            return [x for results in kernel(shards) for x in results]
-
-        return mesh, run_shards, *shardings(mesh, specs)
+        specs = _specs(programs, mesh, arg_shapes)
+        operands, results = _by_array(programs, specs)
+        return (
+            mesh,
+            _on_shards(programs, kernel, mesh, specs),
+            shardings(mesh, results),
+            tuple(shardings(mesh, operands)),
+        )
 
     def infer(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        return shardings(mesh, specs_of(mesh, arg_shapes))[0]
+        specs = _specs(programs, mesh, arg_shapes)
+        return shardings(mesh, _by_array(programs, specs)[1])
 
     run.def_partition(
         partition, infer_sharding_from_operands=infer, sharding_rule=_rule(programs)
     )
     return run
+
+
+def mapped(
+    programs: Programs, kernel: Kernel, avals: list[Any]
+) -> Callable[..., list[jax.Array]]:
+    """The same on a mesh of explicit axes, where types tell how leaves are sharded.
+
+    Args:
+      avals: the operands' types.
+    """
+    mesh = explicit_mesh(avals)
+    specs = _specs(programs, mesh, avals)
+    operand_specs, result_specs = _by_array(programs, specs)
+    # Results have the types of their leaves, also where the last axis was gathered.
+    given = []
+    for program, of_leaf in zip(programs, by_leaf(programs, avals), strict=True):
+        pairs = zip(program.inputs, of_leaf, strict=True)
+        leaf = next(x for role, x in pairs if role.kind in ("full", "codes"))
+        given.append(tuple(leaf.sharding.spec))
+    given_results = _by_array(programs, given)[1]
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        results = jax.shard_map(
+            _on_shards(programs, kernel, mesh, specs),
+            mesh=mesh,
+            in_specs=tuple(operand_specs),
+            out_specs=result_specs,
+            check_vma=False,
+        )(*map(_reshard(mesh), operands, operand_specs))
+        return list(map(_reshard(mesh), results, given_results))
+
+    return run
+
+
+def explicit_mesh(avals: list[Any]) -> Any:
+    """The mesh of arrays whose types tell their sharding; None if theirs do not."""
+    for x in avals:
+        mesh = x.sharding.mesh
+        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
 
 
 @functools.cache
@@ -114,19 +130,70 @@ def by_leaf(programs: Programs, operands: Any) -> list[list[Any]]:
     return [[next(remaining) for _ in program.inputs] for program in programs]
 
 
-def _spec(program: Program, mesh: Any, arg_shapes: Any) -> tuple[Any, ...]:
-    """How the leaf is sharded: for each axis a name, a tuple of names, or None."""
-    spec: list[Any] = [None] * len(program.shape)
-    for role, x in zip(program.inputs, arg_shapes, strict=True):
-        if role.kind in ("full", "codes") and isinstance(x.sharding, NamedSharding):
-            spec[: len(x.sharding.spec)] = x.sharding.spec
-            break
-    for axis, entry in enumerate(spec):
-        last = axis == len(spec) - 1
-        multiple = program.lanes if last else 1
-        if program.shape[axis] % (_shards(mesh, entry) * multiple):
-            spec[axis] = None
-    return tuple(spec)
+def _specs(programs: Programs, mesh: Any, arrays: Any) -> list[tuple[Any, ...]]:
+    """How each leaf is to be sharded: for each axis a name, several, or None."""
+    specs = []
+    for program, of_leaf in zip(programs, by_leaf(programs, arrays), strict=True):
+        spec: list[Any] = [None] * len(program.shape)
+        for role, x in zip(program.inputs, of_leaf, strict=True):
+            if role.kind in ("full", "codes") and isinstance(x.sharding, NamedSharding):
+                spec[: len(x.sharding.spec)] = x.sharding.spec
+                break
+        for axis, entry in enumerate(spec):
+            multiple = program.lanes if axis == len(spec) - 1 else 1
+            if program.shape[axis] % (_shards(mesh, entry) * multiple):
+                spec[axis] = None
+        specs.append(tuple(spec))
+    return specs
+
+
+def _by_array(
+    programs: Programs, specs: list[tuple[Any, ...]]
+) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
+    """The specs of all operands and of all results, from those of the leaves."""
+
+    def spec_of(role: Role, spec: tuple[Any, ...]) -> PartitionSpec:
+        return PartitionSpec() if role.kind == "scalar" else PartitionSpec(*spec)
+
+    pairs = list(zip(programs, specs, strict=True))
+    return (
+        [spec_of(role, spec) for p, spec in pairs for role in p.inputs],
+        [spec_of(role, spec) for p, spec in pairs for role in p.outputs],
+    )
+
+
+def _on_shards(
+    programs: Programs, kernel: Kernel, mesh: Any, specs: list[tuple[Any, ...]]
+) -> Callable[..., list[jax.Array]]:
+    """The kernel as a function of what one device has."""
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        indices: dict[Any, jax.Array] = {}
+        shards = []
+        rows = zip(programs, specs, by_leaf(programs, operands), strict=True)
+        for program, spec, of_leaf in rows:
+            shape = tuple(
+                size // _shards(mesh, entry)
+                for size, entry in zip(program.shape, spec, strict=True)
+            )
+            for entry in filter(None, spec):
+                indices.setdefault(entry, lax.axis_index(entry))
+            offsets = tuple(
+                indices[entry] * size if entry else 0
+                for entry, size in zip(spec, shape, strict=True)
+            )
+            place = Place(program.shape, offsets if any(spec) else None)
+            shards.append(Shard(program, place, shape, of_leaf))
+        return [x for results in kernel(shards) for x in results]
+
+    return run
+
+
+def _reshard(mesh: Any) -> Callable[[jax.Array, PartitionSpec], jax.Array]:
+    def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return reshard
 
 
 def _shards(mesh: Any, entry: Any) -> int:

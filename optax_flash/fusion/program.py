@@ -239,7 +239,7 @@ def _evaluate_equation(eqn: core.JaxprEqn, tile: Tile, args: list[Any]) -> Any:
         return _evaluate(
             getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), tile, args
         )
-    (x, *rest) = args
+    x = args[0]
     scalar = not eqn.outvars[0].aval.shape
     if name == "broadcast_in_dim":
         return (x if scalar or jnp.ndim(x) else jnp.broadcast_to(x, tile.shape),)
@@ -251,10 +251,6 @@ def _evaluate_equation(eqn: core.JaxprEqn, tile: Tile, args: list[Any]) -> Any:
         return (x * x,)
     if name == "integer_pow":
         return (lax.integer_pow(x, params["y"]),)
-    if name == "div" and not scalar and not jnp.ndim(rest[0]):
-        # Division by a scalar as XLA does it: through one reciprocal.
-        if eqn.outvars[0].aval.dtype == np.float32:
-            return (x * (np.float32(1.0) / rest[0]),)
     args = _same_rank(eqn, tile, args, scalar)
     out = eqn.primitive.bind(*args, **params)
     return out if eqn.primitive.multiple_results else (out,)

@@ -12,7 +12,10 @@ Arrays that meet on the way belong to one leaf. So an update becomes
 import weakref
 from typing import Any, NamedTuple
 
+import jax
 import jax.core
+import numpy as np
+from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion import program as programs
@@ -288,9 +291,32 @@ def _build(
             eqn_invars = list(new_eqns[e].invars)
             eqn_invars[i] = invars[first + n]
             new_eqns[e] = new_eqns[e].replace(invars=eqn_invars)
+    new_eqns = _with_reciprocals(new_eqns)
     inputs, outputs = programs.roles(new_eqns, invars, results)
     jaxpr = _jaxpr(invars, results, new_eqns)
     return Program(shape, jaxpr, inputs, outputs, donors, key)
+
+
+def _with_reciprocals(eqns: list[core.JaxprEqn]) -> list[core.JaxprEqn]:
+    """Divides by a scalar through its reciprocal: one division for a whole leaf.
+
+    Some compilers do this anyway and others do not; now all compute the same.
+    """
+    rewritten = []
+    for eqn in eqns:
+        x = eqn.invars[1] if eqn.primitive is lax.div_p else None
+        scalar = isinstance(x, core.Var) and not x.aval.shape
+        (out, *_) = eqn.outvars
+        if scalar and out.aval.shape and out.aval.dtype == np.float32:
+            one = core.Literal(np.float32(1.0), x.aval)
+            reciprocal = core.Var(x.aval)
+            rewritten.append(eqn.replace(invars=[one, x], outvars=[reciprocal]))
+            product = jax.make_jaxpr(lax.mul)(1.0, 1.0).eqns[0]
+            eqn = product.replace(
+                invars=[eqn.invars[0], reciprocal], outvars=eqn.outvars
+            )
+        rewritten.append(eqn)
+    return rewritten
 
 
 def _params_key(eqn: core.JaxprEqn) -> Any:

@@ -121,8 +121,8 @@ def compress(
     ) -> tuple[optax.Updates, PyTree]:
         if not isinstance(state, CompressState):
             raise ValueError(
-                f"compress: the state is a {type(state).__name__}, not a CompressState. "
-                "Pass what this transformation's init returned."
+                f"compress: the state is a {type(state).__name__}, not a "
+                "CompressState. Pass what this transformation's init returned."
             )
         paths = _mirror.leaf_paths(updates)
 

@@ -1,0 +1,111 @@
+"""Runs one optimizer as Pallas kernels, interpreted, and in XLA: are both the same?
+
+    XLA_FLAGS=--xla_cpu_max_isa=AVX python equality.py adamw
+
+Without fused multiply-add, which XLA puts in different places of different programs,
+every bit must agree. A process of its own, as the instruction set is chosen at start.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_flash
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "adam": lambda: optax.adam(optax.linear_schedule(1e-2, 1e-3, 10)),
+    "nadamw": lambda: optax.nadamw(1e-2),
+    "amsgrad": lambda: optax.amsgrad(1e-2),
+    "adabelief": lambda: optax.adabelief(1e-2),
+    "yogi": lambda: optax.yogi(1e-2),
+    "adan": lambda: optax.adan(1e-2),
+    "lion": lambda: optax.lion(1e-3),
+    "sgd": lambda: optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": lambda: optax.rmsprop(1e-2),
+    "ademamix": lambda: optax.contrib.ademamix(1e-2),
+    "adopt": lambda: optax.contrib.adopt(1e-2),
+    "clipped_adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-2)
+    ),
+    "lamb": lambda: optax.lamb(1e-2),
+}
+STORAGE = {"float32": (jnp.float32, 24), "24": (jnp.bfloat16, 24)}
+STORAGE["32"] = (jnp.bfloat16, 32)
+CODECS = ("companded8", "flashoptim")
+SHAPES = {
+    "whole_groups": (40, 128),
+    "ragged": (70, 100),
+    "three_axes": (3, 5, 300),
+    "vector": (4096,),
+    "small": (7,),
+    "scalar": (),
+}
+
+
+def random_like(tree, rng):
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), tree
+    )
+
+
+def run(inner, dtype, bits, codec, finished, implementation, steps):
+    """Params, state and last updates after some steps."""
+    tx = optax_flash.master_weights(
+        optax_flash.compress(inner, codec),
+        bits,
+        codec="flashoptim" if codec == "flashoptim" else "exact",
+        finished=finished,
+        implementation=implementation,
+    )
+    rng = np.random.default_rng(0)
+    params = random_like({k: jnp.zeros(s, dtype) for k, s in SHAPES.items()}, rng)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state, random_like(params, rng))
+    return params, state
+
+
+def differences(optimizer, dtype, bits, codec, finished, steps=3):
+    """Paths of the leaves that differ, with how many elements do."""
+    arguments = (OPTIMIZERS[optimizer](), dtype, bits, codec, finished)
+    expected = run(*arguments, "xla", steps)
+    found = run(*arguments, "interpret", steps)
+    result = {}
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(expected),
+        jax.tree.leaves(found),
+        strict=True,
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.shape == b.shape
+        different = np.sum(a.reshape(-1).view(np.uint8) != b.reshape(-1).view(np.uint8))
+        if different:
+            result[jax.tree_util.keystr(path)] = int(different)
+    return result
+
+
+def main():
+    failed = False
+    for optimizer in sys.argv[1:]:
+        for name, (dtype, bits) in STORAGE.items():
+            for codec in CODECS:
+                # Additive updates, and finished params where there is a residual.
+                finished = dtype == jnp.bfloat16 and codec == "companded8"
+                found = differences(optimizer, dtype, bits, codec, finished)
+                failed |= bool(found)
+                print(optimizer, name, codec, found or "equal", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""What XLA makes of an update on H100s: kernels, memory, collectives, PTX.
+
+Compiled, not run: needs ``jax[cuda13]`` but no GPU, see ``make test-cuda``.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import optax_flash
+import optax_flash.flax
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from h100 import compile_step, inspect, mesh_of, sharded_like  # noqa: E402
+
+pytestmark = pytest.mark.cuda
+
+MEGABYTE = 2**20
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "schedule": lambda: optax.adamw(optax.cosine_decay_schedule(1e-3, 100)),
+    "amsgrad": lambda: optax.amsgrad(1e-3),
+    "adan": lambda: optax.adan(1e-3),
+    "lion": lambda: optax.lion(1e-3),
+    "sgd": lambda: optax.sgd(1e-3, momentum=0.9, nesterov=True),
+    "yogi": lambda: optax.yogi(1e-3),
+}
+
+
+def matrix(shape=(4096, 4096), dtype=jnp.bfloat16):
+    return {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+
+
+def finished(inner, bits=24, codecs=None):
+    return optax_flash.master_weights(
+        optax_flash.compress(inner, codecs), bits, finished=True
+    )
+
+
+def state_bytes(tx, params):
+    """Bytes of params and state that are not scalars."""
+    leaves = jax.tree.leaves((params, jax.eval_shape(tx.init, params)))
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.ndim)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bits", [24, 32])
+def test_one_kernel_in_place(name, bits):
+    tx = finished(OPTIMIZERS[name](), bits)
+    compiled = compile_step(tx, matrix())
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+    assert 0 <= compiled.aliased - state_bytes(tx, matrix()) < 100
+
+
+@pytest.mark.parametrize("codecs", ["flashoptim", "affine8", {"mu": "affine8"}])
+def test_every_codec(codecs):
+    compiled = compile_step(finished(optax.adamw(1e-3), codecs=codecs), matrix())
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+
+
+def test_float32_params_need_no_residual():
+    params = matrix(dtype=jnp.float32)
+    tx = finished(optax.adamw(1e-3))
+    compiled = compile_step(tx, params)
+    residual = jax.eval_shape(tx.init, params).residual["kernel"]
+    assert residual.shape == (4096, 1)
+    assert compiled.kernels["optax_flash"] == 1
+    assert compiled.kernels.total() == 1
+    assert compiled.temporaries < MEGABYTE
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_additive_updates_take_the_place_of_the_gradients(dtype):
+    params = matrix(dtype=dtype)
+    tx = optax_flash.adamw8(1e-3)
+    state = jax.eval_shape(tx.init, params)
+    arguments = sharded_like((params, state, params), mesh_of())
+    compiled = inspect(jax.jit(tx.update, donate_argnums=(0, 1)), *arguments)
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+    assert 0 <= compiled.aliased - state_bytes(tx, params) < 100
+
+
+def test_a_global_norm_inside_costs_one_pass_over_the_gradients():
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
+    tx = optax_flash.master_weights(inner, finished=True)
+    compiled = compile_step(tx, matrix())
+    assert compiled.kernels["optax_flash"] == 1
+    # No clipped gradients and no float32 copy of them: only partial sums.
+    assert compiled.temporaries < MEGABYTE
+
+
+def test_a_chain_around_it():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
+    compiled = compile_step(tx, matrix())
+    assert compiled.kernels["optax_flash"] == 1
+
+
+def test_ragged_rows():
+    compiled = compile_step(finished(optax.adamw(1e-3)), matrix((4096, 1000)))
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "devices, spec",
+    [
+        ((8, 1), ("fsdp",)),
+        ((8, 1), (None, "fsdp")),
+        ((4, 2), ("fsdp", "tp")),
+        ((4, 2), (("fsdp", "tp"), None)),
+    ],
+)
+def test_eight_gpus_exchange_nothing(devices, spec, kind):
+    mesh = mesh_of(devices, ("fsdp", "tp"), kind)
+    tx = finished(optax.adamw(1e-3))
+    with jax.set_mesh(mesh):
+        compiled = compile_step(tx, matrix(), mesh, spec)
+    assert not compiled.collectives
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+    assert 0 <= compiled.aliased - state_bytes(tx, matrix()) / 8 < 100
+
+
+def test_three_axes_on_eight_gpus():
+    mesh = mesh_of((8, 1), ("fsdp", "tp"))
+    params = matrix((64, 512, 1000))
+    tx = finished(optax.adamw(1e-3))
+    compiled = compile_step(tx, params, mesh, (None, "fsdp"))
+    assert not compiled.collectives
+    assert compiled.kernels == {"optax_flash": 1}
+    assert compiled.temporaries < MEGABYTE
+
+
+def test_shards_that_end_within_a_group_are_gathered():
+    mesh = mesh_of((8,), ("fsdp",))
+    compiled = compile_step(
+        finished(optax.adamw(1e-3)), matrix((512, 128)), mesh, (None, "fsdp")
+    )
+    assert compiled.collectives
+
+
+def test_small_leaves_share_kernels():
+    shapes = [(64, 64), (128, 64), (4096,), (100, 70), (64,), (256,), (3, 3, 64, 64)]
+    params = {
+        f"{i}": jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.bfloat16)
+        for i in range(70)
+    }
+    compiled = compile_step(finished(optax.adamw(1e-3)), params)
+    # Two families, of leaves in codes and of others: 50 and 20 leaves.
+    assert compiled.kernels == {"optax_flash": 4 + 2}
+    assert compiled.temporaries < MEGABYTE
+
+
+def test_leaves_beyond_32_bits_are_left_to_xla():
+    params = matrix((2**16, 2**15))
+    tx = finished(optax.sgd(1e-3, momentum=0.9))
+    (path,) = optax_flash.explain(tx, params, platform="cuda").paths
+    assert path.implementation == "xla" and "2**31" in path.reason
+    assert compile_step(tx, params).kernels["optax_flash"] == 0
+    with pytest.raises(ValueError, match=r"kernel.*2\*\*31"):
+        jax.eval_shape(
+            optax_flash.sgd8(1e-3, 0.9, implementation="pallas").update,
+            params,
+            jax.eval_shape(optax_flash.sgd8(1e-3, 0.9).init, params),
+        )
+
+
+def test_a_shard_of_a_huge_leaf_may_be_small_enough():
+    # The rule looks at whole leaves, so that sharding does not change the numbers.
+    mesh = mesh_of((8,), ("fsdp",))
+    params = matrix((2**16, 2**15))
+    compiled = compile_step(
+        finished(optax.sgd(1e-3, momentum=0.9)), params, mesh, ("fsdp",)
+    )
+    assert not compiled.collectives
+    assert compiled.kernels["optax_flash"] == 0
+
+
+def test_a_whole_train_step_has_one_kernel_for_a_matrix():
+    lm = pathlib.Path(__file__).parents[2] / "examples" / "lm"
+    sys.path.insert(0, str(lm))
+    from model import GPT, GPTConfig
+    from optimizers import make_optimizer
+
+    model = GPT(GPTConfig(depth=3, width=256))
+    tx = make_optimizer("adamw8", steps=100, warmup=10)
+
+    def create():
+        params = model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
+        return optax_flash.flax.TrainState.create(
+            apply_fn=model.apply, params=params["params"], tx=tx
+        )
+
+    state = jax.eval_shape(create)
+
+    def step(state, tokens):
+        def loss(params):
+            logits = state.apply_fn({"params": params}, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean()
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32)
+    arguments = sharded_like((state, tokens), mesh_of())
+    compiled = inspect(jax.jit(step, donate_argnums=0), *arguments)
+    matrices = sum(p.ndim > 1 for p in jax.tree.leaves(state.params))
+    # All vectors, the scales of norms, share one.
+    assert compiled.kernels["optax_flash"] == matrices + 1
+
+
+DUMP = """
+import sys
+sys.path.insert(0, {here!r})
+import jax, jax.numpy as jnp, optax, optax_flash
+from h100 import compile_step
+params = {{"kernel": jax.ShapeDtypeStruct({shape}, jnp.{dtype})}}
+tx = optax_flash.master_weights(
+    optax_flash.compress(optax.{inner}, {codecs!r}), finished=True
+)
+compile_step(tx, params)
+"""
+
+
+@pytest.mark.parametrize("inner", ["adamw(1e-3)", "lion(1e-3)", "adan(1e-3)"])
+@pytest.mark.parametrize("codecs", ["companded8", "flashoptim", "affine8"])
+def test_ptx_reads_and_writes_in_vectors(tmp_path, inner, codecs):
+    ptx = _ptx(tmp_path, inner, codecs, (4096, 4096))
+    assert ".local" not in ptx
+    # Codes, residuals and 16-bit arrays: 16 bytes a thread. The last two bytes are
+    # scales, of which a thread has one.
+    widths = _access_widths(ptx)
+    assert widths["load"] and widths["store"]
+    for kind, found in widths.items():
+        wide = [bytes_ for bytes_ in found if bytes_ >= 8]
+        narrow = [bytes_ for bytes_ in found if bytes_ < 8]
+        assert len(wide) >= 3, kind
+        # Scalars and scales.
+        assert len(narrow) <= 24, (kind, found)
+
+
+def test_ptx_of_ragged_rows_has_no_local_memory(tmp_path):
+    assert ".local" not in _ptx(tmp_path, "adamw(1e-3)", "companded8", (4096, 1000))
+
+
+def _ptx(folder, inner, codecs, shape):
+    """The PTX of the kernel of a step; compiled in a process that dumps it."""
+    script = DUMP.format(
+        here=str(pathlib.Path(__file__).parent),
+        shape=shape,
+        dtype="bfloat16",
+        inner=inner,
+        codecs=codecs,
+    )
+    environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder}"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    texts = [path.read_text() for path in folder.glob("*.ptx")]
+    found = [
+        entry
+        for text in texts
+        for entry in re.split(r"(?=\.visible \.entry)", text)[1:]
+        if "optax_flash" in entry.splitlines()[0]
+    ]
+    assert found
+    return found[0]
+
+
+def _access_widths(ptx):
+    """Bytes a thread reads or writes at once, for every access to global memory."""
+    widths = {"load": [], "store": []}
+    pattern = r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)"
+    for kind, vector, bits in re.findall(pattern, ptx):
+        name = "load" if kind == "ld" else "store"
+        widths[name].append(int(vector or 1) * int(bits) // 8)
+    return widths
