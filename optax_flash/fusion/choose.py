@@ -27,6 +27,15 @@ def misfit(program: Program | None, implementation: str) -> str | None:
     for role, x in zip(program.inputs, program.jaxpr.invars, strict=True):
         if role.kind != "scalar" and x.aval.dtype.name in ("bool", "float64", "int64"):
             return f"an operand is {x.aval.dtype}"
+    # Backends import compilers, for which nobody else should wait.
+    if implementation == "pallas":
+        from optax_flash.fusion import pallas
+
+        return pallas.reason(program)
+    if implementation == "triton":
+        from optax_flash.fusion import triton
+
+        return triton.reason(program)
     return None
 
 

@@ -15,9 +15,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from optax_flash.fusion.ops import Tile
-from optax_flash.fusion.program import Role, on_tile
+from optax_flash.fusion.plan import on_one_unit, once_a_family
+from optax_flash.fusion.program import Program, Role, _flat, on_tile
 from optax_flash.fusion.tiles import Layout, Place, Shard, Where
 from optax_flash.fusion.tuning import Config
+
+UNSUPPORTED = frozenset({"erf", "round"})
+"""The elementwise primitives that Pallas cannot lower to Triton."""
+
+UNSUPPORTED_IN_16_BITS = frozenset({"div", "logistic"})
+"""Those that it cannot lower for bfloat16 and float16."""
+
+
+@once_a_family
+def reason(program: Program) -> str | None:
+    """Why a program cannot run in a kernel of this kind; None if it can."""
+    function, args = on_one_unit(program)
+    for eqn in _flat(jax.make_jaxpr(function)(*args).jaxpr):
+        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+        if name in UNSUPPORTED:
+            return f"Pallas has no {name!r} on GPUs"
+        if name in UNSUPPORTED_IN_16_BITS and dtype.itemsize == 2:
+            return f"Pallas has no {name!r} for {dtype} on GPUs"
+    return None
 
 
 class _Leaf(NamedTuple):

@@ -13,7 +13,6 @@ import jax
 from jax import lax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
-    CompoundFactor,
     SdyShardingRule,
     custom_partitioning,
 )
@@ -205,55 +204,23 @@ def _shards(mesh: Any, entry: Any) -> int:
 
 
 def _rule(programs: Programs) -> SdyShardingRule:
-    """The same in the terms of XLA's partitioner: which axes go together."""
-    operands: list[ArrayMapping] = []
-    results: list[ArrayMapping] = []
-    sizes: dict[str, int] = {}
-    replicated: set[str] = set()
-    for n, program in enumerate(programs):
-        leaf = f"leaf{n}_"
-        of_leaf = _leaf_rule(program, leaf, sizes, replicated)
-        operands += of_leaf[0]
-        results += of_leaf[1]
-    return SdyShardingRule(
-        tuple(operands),
-        tuple(results),
-        need_replication_factors=tuple(sorted(replicated)),
-        **sizes,
-    )
+    """Which axes XLA's partitioner is to shard alike: those of one leaf.
 
+    Columns of arrays and of scales are kept apart here: a factor common to both would
+    let it split a mesh axis between groups and what is inside of them.
+    """
 
-def _leaf_rule(
-    program: Program, leaf: str, sizes: dict[str, int], replicated: set[str]
-) -> tuple[list[ArrayMapping], list[ArrayMapping]]:
-    rows = [f"{leaf}row{axis}" for axis in range(len(program.shape) - 1)]
-    units, columns = f"{leaf}units", program.shape[-1]
-    whole_units = columns % program.lanes == 0
-    alone = False
-
-    def last(role: Role) -> Any:
-        nonlocal alone
-        if not whole_units:
-            # Shards would end within a group.
-            group = role.codec.group if role.codec and role.kind == "scales" else 0
-            replicated.add(f"{leaf}columns{group}")
-            return f"{leaf}columns{group}"
-        inner = program.lanes
+    def mapping(leaf: int, program: Program, role: Role) -> ArrayMapping:
+        if role.kind == "scalar":
+            return ArrayMapping()
+        rows = [f"leaf{leaf}_row{axis}" for axis in range(len(program.shape) - 1)]
+        last = f"leaf{leaf}_columns"
         if role.codec and role.kind == "scales":
-            inner = program.lanes // role.codec.group * role.codec.scales_per_group
-        if inner == 1:
-            alone = True
-            return units
-        sizes[f"{leaf}in_unit{inner}"] = inner
-        return CompoundFactor(units, f"{leaf}in_unit{inner}")
+            last = f"leaf{leaf}_scales{role.codec.group}"
+        return ArrayMapping(*rows, last)
 
-    def mapping(role: Role) -> ArrayMapping:
-        scalar = role.kind == "scalar"
-        return ArrayMapping() if scalar else ArrayMapping(*rows, last(role))
-
-    operands = [mapping(role) for role in program.inputs]
-    results = [mapping(role) for role in program.outputs]
-    if whole_units and not alone:
-        # Only where no whole axis tells it.
-        sizes[units] = columns // program.lanes
-    return operands, results
+    pairs = list(enumerate(programs))
+    return SdyShardingRule(
+        tuple(mapping(n, p, role) for n, p in pairs for role in p.inputs),
+        tuple(mapping(n, p, role) for n, p in pairs for role in p.outputs),
+    )
