@@ -75,11 +75,20 @@ def _lowering(platform: str) -> Callable[..., Any]:
             function = _in_xla(programs)
         else:
             kernel = _kernel(*names)
+            if platform != "cuda" and "interpret" not in names:
+                raise ValueError(
+                    f"implementation={implementation!r} needs an NVIDIA GPU, but this "
+                    f"is compiled for {', '.join(ctx.module_context.platforms)}. "
+                    "implementation=None takes what there is; 'interpret' runs the "
+                    "Pallas kernel anywhere, slowly, for tests."
+                )
             context = ctx.module_context.axis_context
             if isinstance(context, mlir.ShardingContext) and context.num_devices == 1:
                 function = partition.whole(programs, kernel)
             elif partition.explicit_mesh(ctx.avals_in):
-                function = partition.mapped(programs, kernel, ctx.avals_in)
+                function = partition.mapped(
+                    programs, kernel, list(ctx.avals_in), list(ctx.avals_out)
+                )
             else:
                 function = partition.partitioned(programs, kernel)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)

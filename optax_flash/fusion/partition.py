@@ -71,23 +71,18 @@ def partitioned(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Ar
 
 
 def mapped(
-    programs: Programs, kernel: Kernel, avals: list[Any]
+    programs: Programs, kernel: Kernel, avals: list[Any], out_avals: list[Any]
 ) -> Callable[..., list[jax.Array]]:
     """The same on a mesh of explicit axes, where types tell how leaves are sharded.
 
     Args:
       avals: the operands' types.
+      out_avals: the results'. Where a last axis was gathered, it is sharded again.
     """
     mesh = explicit_mesh(avals)
     specs = _specs(programs, mesh, avals)
     operand_specs, result_specs = _by_array(programs, specs)
-    # Results have the types of their leaves, also where the last axis was gathered.
-    given = []
-    for program, of_leaf in zip(programs, by_leaf(programs, avals), strict=True):
-        pairs = zip(program.inputs, of_leaf, strict=True)
-        leaf = next(x for role, x in pairs if role.kind in ("full", "codes"))
-        given.append(tuple(leaf.sharding.spec))
-    given_results = _by_array(programs, given)[1]
+    given = [x.sharding.spec for x in out_avals]
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         results = jax.shard_map(
@@ -97,7 +92,7 @@ def mapped(
             out_specs=result_specs,
             check_vma=False,
         )(*map(_reshard(mesh), operands, operand_specs))
-        return list(map(_reshard(mesh), results, given_results))
+        return list(map(_reshard(mesh), results, given))
 
     return run
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import reshard
 from jax.typing import DTypeLike
 
 from optax_flash.numerics import groups, hashing
@@ -68,22 +69,27 @@ class Codec(abc.ABC):
         Returns:
           ``(codes, scales)``.
         """
-        x32 = groups.split(x.astype(jnp.float32), self.group)
+        whole = groups.with_whole_groups(x, self.group)
+        x32 = groups.split(whole.astype(jnp.float32), self.group)
         if bits is not None:
             bits = groups.split(bits, self.group)
         codes, planes = self.encode_groups(x32, bits)
         scales = jnp.stack(planes, axis=-1).reshape(self.scales_shape(x.shape))
-        return groups.merge(codes, x.shape), scales
+        codes = groups.merge(codes, x.shape)
+        if whole is not x:
+            codes = reshard(codes, jax.typeof(x).sharding)
+        return codes, scales
 
     def decode(
         self, codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]
     ) -> jax.Array:
         """The float32 array of ``shape`` that ``(codes, scales)`` stand for."""
+        whole = groups.with_whole_groups(codes, self.group)
         pairs = groups.split(scales, self.scales_per_group)
         planes = tuple(pairs[..., i] for i in range(self.scales_per_group))
-        return groups.merge(
-            self.decode_groups(groups.split(codes, self.group), planes), shape
-        )
+        x = self.decode_groups(groups.split(whole, self.group), planes)
+        x = groups.merge(x, shape)
+        return x if whole is codes else reshard(x, jax.typeof(codes).sharding)
 
     @abc.abstractmethod
     def encode_groups(

@@ -4,8 +4,11 @@ A group never crosses a row, so a leaf's PartitionSpec fits its scales too, as l
 a shard of the last axis holds whole groups.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 
 def num_groups(n: int, group: int) -> int:
@@ -25,6 +28,24 @@ def split(x: jax.Array, group: int) -> jax.Array:
     if padding:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
     return x.reshape(*x.shape[:-1], num_groups(n, group), group)
+
+
+def with_whole_groups(x: jax.Array, group: int) -> jax.Array:
+    """``x``, its last axis gathered where shards end within a group.
+
+    Only on a mesh of explicit axes, where an array's type tells how it is sharded and a
+    reshape has to fit it; elsewhere XLA sees to it.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh, spec = sharding.mesh, sharding.spec
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types or not x.ndim:
+        return x
+    entry = spec[-1]
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    shards = math.prod(mesh.shape[name] for name in names)
+    if x.shape[-1] % (shards * group) == 0:
+        return x
+    return reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
 
 
 def merge(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
