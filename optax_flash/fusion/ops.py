@@ -181,15 +181,16 @@ def define(
     primitive.multiple_results = True
 
     @functools.lru_cache(maxsize=4096)
-    def abstract(avals: tuple[Any, ...], params: tuple[Any, ...]) -> list[Any]:
-        return jax.make_jaxpr(function(**dict(params)))(*avals).out_avals
+    def traced(avals: tuple[Any, ...], params: tuple[Any, ...]) -> core.ClosedJaxpr:
+        return jax.make_jaxpr(function(**dict(params)))(*avals)
 
     @functools.lru_cache(maxsize=4096)
     def compiled(params: tuple[Any, ...]) -> Callable[..., Any]:
         return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
 
     def lowering(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        plain = mlir.lower_fun(function(**params), multiple_results=True)
+        jaxpr = traced(tuple(ctx.avals_in), tuple(params.items()))
+        plain = mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)
         return plain(ctx, *args)
 
     def batch(args: Any, dims: Any, **params: Any) -> tuple[Any, list[int]]:
@@ -213,7 +214,7 @@ def define(
 
     primitive.def_impl(eager)
     primitive.def_abstract_eval(
-        lambda *avals, **params: abstract(avals, tuple(params.items()))
+        lambda *avals, **params: traced(avals, tuple(params.items())).out_avals
     )
     mlir.register_lowering(primitive, lowering, inline=False)
     batching.primitive_batchers[primitive] = batch

@@ -36,7 +36,7 @@ def update(shards: list[Shard], config: Config) -> list[list[jax.Array]]:
       shards: what to compute on.
       config: the size of tiles and of blocks of threads.
     """
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]
 
     planned = plan(shards, config)
     out = jax_triton.triton_call(

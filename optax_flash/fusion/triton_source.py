@@ -40,6 +40,10 @@ def add(a, b):
 """What kernels reduce with. Triton's own extrema pass over NaN, and XLA's do not."""
 
 
+Equation = Any
+"""A ``core.JaxprEqn``, whose type does not know that arrays have shapes and dtypes."""
+
+
 class Unsupported(NotImplementedError):
     """An equation has no form in Triton; the message says which."""
 
@@ -123,7 +127,7 @@ class Writer:
         return [read(x) for x in jaxpr.outvars]
 
 
-def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+def _needed(jaxpr: core.Jaxpr) -> list[Equation]:
     """The equations on which the results depend."""
     wanted = set(_variables(jaxpr.outvars))
     eqns = []
@@ -158,7 +162,7 @@ def constant(value: Any, aval: Any) -> str:
     return f"(-{text})" if np.signbit(number) else text
 
 
-def _expression(eqn: core.JaxprEqn, args: list[str]) -> str:
+def _expression(eqn: Equation, args: list[str]) -> str:
     name = eqn.primitive.name
     if name in _MOVES:
         return _MOVES[name](eqn, *args)
@@ -188,19 +192,19 @@ def _shape(shape: Any) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _convert(eqn: core.JaxprEqn, x: str) -> str:
+def _convert(eqn: Equation, x: str) -> str:
     dtype = eqn.params["new_dtype"]
     return f"{x} != 0" if dtype == np.bool_ else f"{x}.to({dtype_name(dtype)})"
 
 
-def _bitcast(eqn: core.JaxprEqn, x: str) -> str:
+def _bitcast(eqn: Equation, x: str) -> str:
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
     if old.itemsize != new.itemsize:
         raise Unsupported("a bitcast changes the width")
     return f"{x}.to({dtype_name(new)}, bitcast=True)"
 
 
-def _broadcast(eqn: core.JaxprEqn, x: str, *_: str) -> str:
+def _broadcast(eqn: Equation, x: str, *_: str) -> str:
     shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     before = eqn.invars[0].aval.shape
     if before and len(before) != len(shape):
@@ -211,11 +215,11 @@ def _broadcast(eqn: core.JaxprEqn, x: str, *_: str) -> str:
     return x if before == shape else f"tl.broadcast_to({x}, {_shape(shape)})"
 
 
-def _reshape(eqn: core.JaxprEqn, x: str, *_: str) -> str:
+def _reshape(eqn: Equation, x: str, *_: str) -> str:
     return f"tl.reshape({x}, {_shape(eqn.outvars[0].aval.shape)})"
 
 
-def _select(eqn: core.JaxprEqn, which: str, *cases: str) -> str:
+def _select(eqn: Equation, which: str, *cases: str) -> str:
     if eqn.invars[0].aval.dtype == np.bool_:
         return f"tl.where({which}, {cases[1]}, {cases[0]})"
     text = cases[-1]
@@ -224,7 +228,7 @@ def _select(eqn: core.JaxprEqn, which: str, *cases: str) -> str:
     return text
 
 
-def _iota(eqn: core.JaxprEqn) -> str:
+def _iota(eqn: Equation) -> str:
     shape, axis = eqn.params["shape"], eqn.params["dimension"]
     if shape[axis] & (shape[axis] - 1):
         raise Unsupported(f"an iota of {shape[axis]}, which is no power of two")
@@ -240,7 +244,7 @@ def _iota(eqn: core.JaxprEqn) -> str:
 
 
 def _reduce(function: str) -> Callable[..., str]:
-    def rule(eqn: core.JaxprEqn, x: str) -> str:
+    def rule(eqn: Equation, x: str) -> str:
         axes, rank = eqn.params["axes"], len(eqn.invars[0].aval.shape)
         if tuple(axes) != (rank - 1,):
             raise Unsupported(f"a reduction over axes {list(axes)} of {rank}")
@@ -249,24 +253,24 @@ def _reduce(function: str) -> Callable[..., str]:
     return rule
 
 
-def _divide(eqn: core.JaxprEqn, x: str, y: str) -> str:
+def _divide(eqn: Equation, x: str, y: str) -> str:
     # Division and square root are Triton's fast ones, and those of XLA on GPUs:
     # div.full.f32 (2 ulp) and sqrt.approx.f32. Triton's div_rn and sqrt_rn would be
     # rounded correctly, slower, and not what XLA computes.
     return f"{x} / {y}" if _is_float(eqn.outvars[0]) else f"{x} // {y}"
 
 
-def _remainder(eqn: core.JaxprEqn, x: str, y: str) -> str:
+def _remainder(eqn: Equation, x: str, y: str) -> str:
     return f"libdevice.fmod({x}, {y})" if _is_float(eqn.outvars[0]) else f"{x} % {y}"
 
 
-def _power(eqn: core.JaxprEqn, x: str, y: str) -> str:
+def _power(eqn: Equation, x: str, y: str) -> str:
     if not _is_float(eqn.invars[0]):
         raise Unsupported("a power of integers")
     return f"libdevice.pow({x}, {y}.to(tl.float32))"
 
 
-def _integer_power(eqn: core.JaxprEqn, x: str) -> str:
+def _integer_power(eqn: Equation, x: str) -> str:
     # The powers of two that make up the exponent, in XLA's order.
     exponent = abs(eqn.params["y"])
     factors = []
@@ -279,12 +283,12 @@ def _integer_power(eqn: core.JaxprEqn, x: str) -> str:
     return f"1.0 / ({text})" if eqn.params["y"] < 0 else text
 
 
-def _round(eqn: core.JaxprEqn, x: str) -> str:
+def _round(eqn: Equation, x: str) -> str:
     to_even = eqn.params["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
     return f"libdevice.{'rint' if to_even else 'round'}({x})"
 
 
-def _sign(eqn: core.JaxprEqn, x: str) -> str:
+def _sign(eqn: Equation, x: str) -> str:
     dtype = eqn.invars[0].aval.dtype
     if _is_float(eqn.invars[0]):
         # NaN and both zeros are their own.
@@ -294,7 +298,7 @@ def _sign(eqn: core.JaxprEqn, x: str) -> str:
 
 
 def _shift(operator: str, signed: bool | None) -> Callable[..., str]:
-    def rule(eqn: core.JaxprEqn, x: str, y: str) -> str:
+    def rule(eqn: Equation, x: str, y: str) -> str:
         # Triton shifts signed integers arithmetically and others logically.
         dtype = eqn.invars[0].aval.dtype
         bits, own = dtype.itemsize * 8, dtype_name(dtype)

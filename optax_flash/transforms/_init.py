@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_flash.transforms import _mirror
@@ -53,8 +54,8 @@ def like_float32(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-    # Not through jnp, which costs three times as much to trace.
-    return jax.lax.convert_element_type(x, jnp.float32)
+    # Not through jnp, which costs several times as much to trace.
+    return jax.lax.convert_element_type(x, np.dtype(np.float32))
 
 
 def not_constant(state: PyTree) -> PyTree:

@@ -315,7 +315,7 @@ def _trees(parts: list[Any]) -> list[Any]:
 def _like(update: Any, grad: jax.Array) -> Any:
     """An update in its gradient's dtype."""
     same = getattr(update, "dtype", None) == grad.dtype
-    return update if same else update.astype(grad.dtype)
+    return update if same else jax.lax.convert_element_type(update, grad.dtype)
 
 
 def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -> None:
