@@ -1,6 +1,8 @@
-# Everything runs in .venv, which the first target to need it makes.
+# Everything runs in .venv, which the first target to need it makes. Only what compiles
+# for GPUs has an environment of its own, for the 3 GB of CUDA libraries.
 PYTHON ?= python3
 BIN := .venv/bin
+CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report clean
 
@@ -9,6 +11,9 @@ demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw
 
 test: .venv/dev ## all tests, doctests among them
 	$(BIN)/python -m pytest -n 2
+
+test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -31,7 +36,7 @@ gpu-report: .venv/examples ## correctness and speed on one GPU, beside other opt
 	$(BIN)/python benchmarks/gpu_report.py
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .venv-cuda runs data
 
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -42,4 +47,9 @@ clean:
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv-cuda/done: pyproject.toml
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/pip install --quiet -e ".[cuda13,triton,flax,test]"
 	touch $@

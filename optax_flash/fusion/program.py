@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ class Program:
 
     def primitives(self) -> set[str]:
         """The names of all primitives, those inside of nested calls among them."""
-        return {eqn.primitive.name for eqn in _flat(self.jaxpr)}
+        return {eqn.primitive.name for eqn in flat_equations(self.jaxpr)}
 
 
 def whole(program: Program) -> Any:
@@ -206,12 +207,13 @@ def _without_shapes(params: dict[str, Any]) -> Any:
     return tuple(named)
 
 
-def _flat(jaxpr: core.Jaxpr) -> Any:
+def flat_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All equations, those inside of calls too."""
     for eqn in jaxpr.eqns:
         yield eqn
         if eqn.primitive.name in CALLS:
             inner = eqn.params[CALLS[eqn.primitive.name]]
-            yield from _flat(getattr(inner, "jaxpr", inner))
+            yield from flat_equations(getattr(inner, "jaxpr", inner))
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Any, tile: Tile, args: list[Any]) -> list[Any]:

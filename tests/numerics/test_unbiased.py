@@ -102,9 +102,7 @@ def weights(dtype):
 def test_weights(dtype):
     codec = ExactResidual(bits=24)
     z = z_scores(
-        lambda w, seed: codec.join(
-            *codec.split(w, dtype, hashing.bits(seed, w.shape))
-        ),
+        lambda w, seed: codec.join(*codec.split(w, dtype, hashing.bits(seed, w.shape))),
         weights(dtype),
     )
     assert np.all(np.abs(z) < 4)
