@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion import program as programs
+from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
 
@@ -72,6 +73,7 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
       names: the paths of the gradients.
       donors: for the position of a result, that of the operand which it replaces.
     """
+    jaxpr = inline(jaxpr)
     operands = [*jaxpr.constvars, *jaxpr.invars]
     is_operand = set(operands)
     groups = _Groups()

@@ -78,6 +78,23 @@ def test_shape_alone_makes_another_program_of_the_same_family():
     assert a.program.family == b.program.family
 
 
+def test_a_jitted_function_of_the_whole_tree_ties_no_leaves_together():
+    @jax.jit
+    def halved(tree):
+        inner = jax.jit(lambda tree: jax.tree.map(lambda x: x / 2, tree))
+        return jax.tree.map(jnp.negative, inner(inner(tree)))
+
+    inner = optax.chain(
+        optax.stateless(lambda updates, _: halved(halved(updates))), optax.adam(1e-2)
+    )
+    params = params_of("a", "b")
+    tx = optax_flash.compress(inner)
+    a, b = leaves_of(tx, params)
+    assert a.program is b.program
+    expected, _ = inner.update(params, inner.init(params), params)
+    chex.assert_trees_all_close(step(tx, params, params)[0], expected, rtol=1e-5)
+
+
 def test_a_global_norm_is_a_scalar_and_the_rest_elementwise():
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     (leaf,) = leaves_of(optax_flash.compress(inner), params_of("kernel"))
