@@ -91,7 +91,6 @@ class Codec(abc.ABC):
         x = groups.merge(x, shape)
         return x if whole is codes else reshard(x, jax.typeof(codes).sharding)
 
-    @abc.abstractmethod
     def encode_groups(
         self, x: jax.Array, bits: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -105,6 +104,31 @@ class Codec(abc.ABC):
           Codes, uint8 of the shape of ``x``, and ``scales_per_group`` arrays of shape
           ``(...,)``.
         """
+        maxima = tuple(jnp.max(key, axis=-1) for key in self.keys(x))
+        scales = self.scales_from(maxima)
+        return self.codes(x, scales, maxima, bits), scales
+
+    @abc.abstractmethod
+    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """int32 arrays like ``x`` whose maxima over a group make its scales.
+
+        Integers, as XLA's CPU backend loses NaN in a maximum of floats, and computes
+        one of integers in vectors.
+        """
+
+    @abc.abstractmethod
+    def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The scales of groups from the maxima of their :meth:`keys`."""
+
+    @abc.abstractmethod
+    def codes(
+        self,
+        x: jax.Array,
+        scales: tuple[jax.Array, ...],
+        maxima: tuple[jax.Array, ...],
+        bits: jax.Array | None,
+    ) -> jax.Array:
+        """The codes of groups whose scales and maxima are known."""
 
     @abc.abstractmethod
     def decode_groups(
@@ -158,29 +182,38 @@ class Companded8(Codec):
     name: ClassVar[str] = "companded8"
     scale_dtype: ClassVar[DTypeLike] = jnp.bfloat16
 
-    def encode_groups(
-        self, x: jax.Array, bits: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return (_magnitude_bits(x),)
+
+    def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest = lax.bitcast_convert_type(maxima[0], jnp.float32)
+        return (_round_up_bf16(largest if self.signed else jnp.sqrt(largest)),)
+
+    def codes(
+        self,
+        x: jax.Array,
+        scales: tuple[jax.Array, ...],
+        maxima: tuple[jax.Array, ...],
+        bits: jax.Array | None,
+    ) -> jax.Array:
+        del maxima
+        inverse = _reciprocal(scales[0])[..., None]
         noise = _noise(bits)
-        magnitude = jnp.abs(x) if self.signed else jnp.sqrt(x)
-        scales = _round_up_bf16(_group_max(magnitude))
-        s = scales.astype(jnp.float32)[..., None]
-        y = magnitude / jnp.maximum(s, _TINY)
         if self.signed:
-            k = jnp.floor(254.0 * y / (1.0 + y))
-            # (y - value(k)) / (value(k + 1) - value(k)), with value(k) = k / (254 - k).
-            upper = (y * (254.0 - k) - k) * (253.0 - k) * np.float32(1 / 254)
-            k = jnp.minimum(k + (noise < upper), 127.0)
-            codes = _signed_bytes(k * jnp.sign(x))
-        else:
-            y = 255.0 * y
-            k = jnp.floor(y)
-            # The same with value(k) = k**2.
-            upper = (y - k) * (y + k) / (2.0 * k + 1.0)
-            k = jnp.minimum(k + (noise < upper), 255.0)
-            k = jnp.maximum(k, (x > 0).astype(jnp.float32))
-            codes = _unsigned_bytes(k)
-        return codes, (scales,)
+            # y has the real-valued code t = 254 y / (1 + y). With noise n, the value
+            # lies above the n-th part of the way between two values where t + n, less
+            # what the curve bends in between, reaches the upper code.
+            w = 1.0 + jnp.abs(x) * inverse
+            bend = noise * (1.0 - noise) * np.float32(1 / 254)
+            k = jnp.floor((254.0 - 254.0 / w) + (noise - bend * w))
+            k = jnp.minimum(k, 127.0)
+            return _signed_bytes(jnp.where(x < 0, -k, k))
+        y = jnp.minimum(jnp.sqrt(x) * (255.0 * inverse), 255.0)
+        k = jnp.floor(y)
+        # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
+        upper = (1.0 - noise) * (2.0 * k + 1.0) < (y - k) * (y + k)
+        k = jnp.where(upper, k + 1.0, k)
+        return _unsigned_bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
@@ -225,22 +258,36 @@ class FlashOptim8(Codec):
     name: ClassVar[str] = "flashoptim"
     scale_dtype: ClassVar[DTypeLike] = jnp.float16
 
-    def encode_groups(
-        self, x: jax.Array, bits: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        del bits  # The published rounding is deterministic.
+    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return (_magnitude_bits(x),)
+
+    def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return (self._divisor(maxima).astype(jnp.float16),)
+
+    def codes(
+        self,
+        x: jax.Array,
+        scales: tuple[jax.Array, ...],
+        maxima: tuple[jax.Array, ...],
+        bits: jax.Array | None,
+    ) -> jax.Array:
+        del scales, bits  # Divides before the scale is rounded; is deterministic.
         magnitude = jnp.abs(x) if self.signed else jnp.sqrt(x)
-        s = _group_max(magnitude, at_least=1e-12)
         # XLA would divide by a bare broadcast through its reciprocal, which is another
         # last bit for a quarter of the values and another code for one in a million.
-        divisor = jnp.where(magnitude == 0, 1.0, s[..., None])
+        divisor = self._divisor(maxima)[..., None]
+        divisor = jnp.where(magnitude == 0, 1.0, divisor)
         if self.signed:
             y = x / divisor
             z = 2.0 * y / (1.0 + jnp.abs(y))
-            codes = _signed_bytes(jnp.floor(127.0 * z + 0.5))
-        else:
-            codes = _unsigned_bytes(jnp.floor(255.0 * (magnitude / divisor) + 0.5))
-        return codes, (s.astype(jnp.float16),)
+            return _signed_bytes(jnp.floor(127.0 * z + 0.5))
+        return _unsigned_bytes(jnp.floor(255.0 * (magnitude / divisor) + 0.5))
+
+    def _divisor(self, maxima: tuple[jax.Array, ...]) -> jax.Array:
+        largest = lax.bitcast_convert_type(maxima[0], jnp.float32)
+        largest = largest if self.signed else jnp.sqrt(largest)
+        # Not a maximum of floats, which could lose a NaN.
+        return jnp.where(largest < 1e-12, np.float32(1e-12), largest)
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
@@ -286,22 +333,41 @@ class Affine8(Codec):
     scale_dtype: ClassVar[DTypeLike] = jnp.bfloat16
     scales_per_group: ClassVar[int] = 2
 
-    def encode_groups(
-        self, x: jax.Array, bits: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        low = jnp.minimum(jnp.min(x, axis=-1), 0.0)
-        high = jnp.maximum(jnp.max(x, axis=-1), 0.0)
-        step = high * np.float32(1 / 254) - low * np.float32(1 / 254)
+    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        # The third tells of a NaN, which has no place in the order of the others.
+        return _ordered_bits(x), _ordered_bits(-x), _magnitude_bits(x)
+
+    def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        high, negated_low = (
+            lax.bitcast_convert_type(jnp.maximum(key, 0), jnp.float32)
+            for key in maxima[:2]
+        )
+        step = high * np.float32(1 / 254) + negated_low * np.float32(1 / 254)
         # Adds nothing, but a NaN where the group is not finite.
-        step16 = _round_up_bf16(step + 0.0 * _group_max(x))
-        divisor = jnp.maximum(step16.astype(jnp.float32), _TINY)
-        zero = jnp.ceil(-low / divisor)
-        y = x / divisor[..., None] + zero[..., None]
+        largest = lax.bitcast_convert_type(maxima[2], jnp.float32)
+        step = _round_up_bf16(step + 0.0 * largest)
+        # A true division: what was decoded must find its zero point again.
+        divisor = jnp.where(step == 0, 1.0, step.astype(jnp.float32))
+        zero = jnp.ceil(negated_low / divisor)
+        return step, zero.astype(jnp.bfloat16)
+
+    def codes(
+        self,
+        x: jax.Array,
+        scales: tuple[jax.Array, ...],
+        maxima: tuple[jax.Array, ...],
+        bits: jax.Array | None,
+    ) -> jax.Array:
+        del maxima
+        step, zero = scales
+        inverse = _reciprocal(step)[..., None]
+        y = x * inverse + zero.astype(jnp.float32)[..., None]
         k = jnp.floor(y)
-        k = jnp.clip(k + (_noise(bits) < y - k), 0.0, 255.0)
+        k = jnp.where(1.0 - _noise(bits) < y - k, k + 1.0, k)
+        k = jnp.minimum(jnp.maximum(k, 0.0), 255.0)
         if not self.signed:
-            k = jnp.maximum(k, (x > 0).astype(jnp.float32))
-        return _unsigned_bytes(k), (step16, zero.astype(jnp.bfloat16))
+            k = jnp.where(x > 0, jnp.maximum(k, 1.0), k)
+        return _unsigned_bytes(k)
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
@@ -333,39 +399,55 @@ def get_codec(codec: str | Codec) -> Codec:
     )
 
 
-_TINY = np.finfo(np.float32).tiny
-"""Divided by in place of the scale of a group of zeros."""
-
 _BELOW_1_255TH = np.nextafter(np.float32(1 / 255), np.float32(0))
 """Rounded down, so that no code exceeds the scale: encoding again keeps the scale."""
 
 
 def _noise(bits: jax.Array | None) -> jax.Array | np.float32:
-    """What a fractional code must exceed to be rounded up, for each element."""
-    return np.float32(0.5) if bits is None else hashing.uniform(bits)
+    """How much of the way to the upper code rounding forgives, in (0, 1)."""
+    if bits is None:
+        return np.float32(0.5)
+    return hashing.uniform(bits) + np.float32(2**-25)
 
 
-def _group_max(x: jax.Array, at_least: float = 0.0) -> jax.Array:
-    """The largest magnitude of each group; NaN if one is.
+def _magnitude_bits(x: jax.Array) -> jax.Array:
+    """int32 in the order of magnitudes, NaN last."""
+    return lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
 
-    Magnitudes are in the order of their bits. A maximum of integers never loses a NaN,
-    as XLA's CPU backend does with floats, and is computed in vectors.
-    """
-    bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
-    bits = jnp.maximum(jnp.max(bits, axis=-1), np.float32(at_least).view(np.int32))
-    return lax.bitcast_convert_type(bits, jnp.float32)
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """int32 in the order of the values; those of positive ones are their bits."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
 @jax.jit
 def _round_up_bf16(x: jax.Array) -> jax.Array:
-    """The smallest bfloat16 that is no less than ``x >= 0``; NaN and inf stay."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    up = (bits + np.uint32(0xFFFF)) >> np.uint32(16)
-    # At most 2**126, larger values saturate: XLA divides by a group's scale through its
-    # reciprocal, and that would be subnormal, which is flushed to zero.
-    up = jnp.minimum(up, np.uint32(0x7E80)).astype(jnp.uint16)
-    finite = lax.bitcast_convert_type(up, jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), finite, x.astype(jnp.bfloat16))
+    """The smallest bfloat16 that is no less than ``x >= 0``; NaN if not finite."""
+    up = lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0xFFFF)
+    # At most 2**126, larger values saturate: reciprocals would be subnormal, which
+    # are flushed to zero.
+    finite = jnp.minimum(up >> np.uint32(16), np.uint32(0x7E80))
+    up = jnp.where(up > np.uint32(0x7F80FFFE), np.uint32(0x7FC0), finite)
+    return lax.bitcast_convert_type(up.astype(jnp.uint16), jnp.bfloat16)
+
+
+@jax.jit
+def _reciprocal(scale: jax.Array) -> jax.Array:
+    """``1 / scale`` in float32, for bfloat16 scales: 0 or 2**-126 to 2**126.
+
+    Finite for 0. Integers and three steps of Newton's instead of a division, for which
+    XLA's CPU backend would make a loop of its own.
+    """
+    bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32)
+    exponent = np.int32(254 << 23) - (bits & np.int32(0x7F800000))
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    mantissa = (bits & np.int32(0x007FFFFF)) | np.int32(0x3F800000)
+    m = lax.bitcast_convert_type(mantissa, jnp.float32)
+    r = np.float32(24 / 17) - np.float32(8 / 17) * m
+    for _ in range(3):
+        r = r * (2.0 - m * r)
+    return power * r
 
 
 def _signed_bytes(k: jax.Array) -> jax.Array:

@@ -63,7 +63,9 @@ def errors(codec, sample):
     x = jnp.asarray(SAMPLES[sample], jnp.float32)
     bits = hashing.bits(hashing.fold(1, hashing.salt("layer/kernel")), x.shape)
     decoded = [
-        codec.decode(*codec.encode(x, rounding), x.shape) for rounding in (None, bits)
+        # Inverted: what is pinned here was rounded up for small bits, not for large.
+        codec.decode(*codec.encode(x, rounding), x.shape)
+        for rounding in (None, ~bits)
     ]
     exact = np.asarray(x, np.float64)
     square = np.mean(np.square(exact), axis=-1)
