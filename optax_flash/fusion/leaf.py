@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import mlir
 
-from optax_flash.fusion import ops, partition
+from optax_flash.fusion import cpu, ops, partition
 from optax_flash.fusion.choose import choose
 from optax_flash.fusion.program import Program, whole
 from optax_flash.fusion.tiles import Shard
@@ -71,11 +71,13 @@ def _lowering(platform: str) -> Callable[..., Any]:
         del devices
         # Of one family, programs may still differ in whether a kernel takes them.
         names = {choose(program, implementation, platform)[0] for program in programs}
+        if platform == "cpu" and "xla" in names and not any(map(cpu.misfit, programs)):
+            names = {"phases"}
         if names & {"xla"}:
             function = _in_xla(programs)
         else:
             kernel = _kernel(*names)
-            if platform != "cuda" and "interpret" not in names:
+            if platform != "cuda" and names & {"pallas", "triton"}:
                 raise ValueError(
                     f"implementation={implementation!r} needs an NVIDIA GPU, but this "
                     f"is compiled for {', '.join(ctx.module_context.platforms)}. "
@@ -98,6 +100,8 @@ def _lowering(platform: str) -> Callable[..., Any]:
 
 def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
     def run(shards: list[Shard]) -> list[list[jax.Array]]:
+        if name == "phases":
+            return cpu.update(shards)
         device = jax.local_devices()[0]
         config = config_for(device.device_kind if device.platform == "gpu" else "")
         # Backends import compilers, for which nobody else should wait.
@@ -113,4 +117,5 @@ def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
 
 
 mlir.register_lowering(update_p, _lowering("other"), inline=False)
+mlir.register_lowering(update_p, _lowering("cpu"), platform="cpu", inline=False)
 mlir.register_lowering(update_p, _lowering("cuda"), platform="cuda", inline=False)

@@ -111,7 +111,7 @@ def whole(program: Program) -> Any:
 
 def on_tile(program: Program, tile: Tile, args: list[Any]) -> list[Any]:
     """The program on a tile; scales come and go as tuples of planes."""
-    return _evaluate(program.jaxpr, (), tile, args)
+    return evaluate(program.jaxpr, tile, args)
 
 
 def misfit(eqn: core.JaxprEqn) -> str | None:
@@ -216,7 +216,10 @@ def flat_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
             yield from flat_equations(getattr(inner, "jaxpr", inner))
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Any, tile: Tile, args: list[Any]) -> list[Any]:
+def evaluate(
+    jaxpr: core.Jaxpr, tile: Tile, args: list[Any], consts: Any = ()
+) -> list[Any]:
+    """A jaxpr of elementwise equations on a tile."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -238,9 +241,8 @@ def _evaluate_equation(eqn: core.JaxprEqn, tile: Tile, args: list[Any]) -> Any:
         return op.tile(tile, *args)
     if name in CALLS:
         inner = params[CALLS[name]]
-        return _evaluate(
-            getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), tile, args
-        )
+        consts = getattr(inner, "consts", ())
+        return evaluate(getattr(inner, "jaxpr", inner), tile, args, consts)
     x = args[0]
     scalar = not eqn.outvars[0].aval.shape
     if name == "broadcast_in_dim":

@@ -22,6 +22,7 @@ from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
+from optax_flash.fusion.slices import jaxpr_of, slice_equations
 
 Key = Any
 
@@ -102,11 +103,11 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     ]
     others = list(dict.fromkeys(others))
     known = [*operands, *scalars, *made]
-    eqns = _slice(jaxpr, others, set(known))
+    eqns = slice_equations(jaxpr.eqns, others, set(known))
     used = {x for eqn in eqns for x in eqn.invars if not isinstance(x, core.Literal)}
     used.update(others)
     rest_operands = [x for x in known if x in used]
-    first = _slice(jaxpr, scalars, is_operand)
+    first = slice_equations(jaxpr.eqns, scalars, is_operand)
     reread = {x for eqn in first for x in eqn.invars if _is_array(x)}
     reread -= set(jaxpr.invars[: len(names)])
     leaves = [
@@ -116,10 +117,10 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
         for leaf in leaves
     ]
     return Split(
-        prologue=_jaxpr(operands, scalars, first),
+        prologue=jaxpr_of(operands, scalars, first),
         scalars=scalars,
         leaves=leaves,
-        rest=_jaxpr(rest_operands, others, eqns),
+        rest=jaxpr_of(rest_operands, others, eqns),
         rest_operands=rest_operands,
         returned=list(jaxpr.outvars),
     )
@@ -295,7 +296,7 @@ def _build(
             new_eqns[e] = new_eqns[e].replace(invars=eqn_invars)
     new_eqns = _with_reciprocals(new_eqns)
     inputs, outputs = programs.roles(new_eqns, invars, results)
-    jaxpr = _jaxpr(invars, results, new_eqns)
+    jaxpr = jaxpr_of(invars, results, new_eqns)
     return Program(shape, jaxpr, inputs, outputs, donors, key)
 
 
@@ -331,26 +332,6 @@ def _params_key(eqn: core.JaxprEqn) -> Any:
     except TypeError:
         return id(eqn)
     return items
-
-
-def _slice(jaxpr: core.Jaxpr, wanted: list[Any], known: set[Any]) -> list[Any]:
-    """The equations that make the wanted variables from known ones."""
-    missing = {x for x in wanted if x not in known}
-    eqns = []
-    for eqn in reversed(jaxpr.eqns):
-        if any(x in missing for x in eqn.outvars):
-            eqns.append(eqn)
-            missing.update(
-                x
-                for x in eqn.invars
-                if not isinstance(x, core.Literal) and x not in known
-            )
-    return eqns[::-1]
-
-
-def _jaxpr(invars: list[Any], outvars: list[Any], eqns: list[Any]) -> core.Jaxpr:
-    info = jax.extend.core.DebugInfo("optax_flash", "update", None, None)
-    return core.Jaxpr((), invars, outvars, eqns, debug_info=info)
 
 
 def _is_array(x: Any) -> bool:

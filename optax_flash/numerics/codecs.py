@@ -200,20 +200,20 @@ class Companded8(Codec):
         inverse = _reciprocal(scales[0])[..., None]
         noise = _noise(bits)
         if self.signed:
-            # y has the real-valued code t = 254 y / (1 + y). With noise n, the value
-            # lies above the n-th part of the way between two values where t + n, less
-            # what the curve bends in between, reaches the upper code.
+            # y has the real-valued code t = 254 y / (1 + y) = 254 - 254 / w. With noise
+            # n, the value lies in the last n-th of the way between two values where
+            # t + n, less what the curve bends in between, reaches the upper code. The
+            # code is its floor, and that the nearest whole number to a half less.
             w = 1.0 + jnp.abs(x) * inverse
-            bend = noise * (1.0 - noise) * np.float32(1 / 254)
-            k = jnp.floor((254.0 - 254.0 / w) + (noise - bend * w))
-            k = jnp.minimum(k, 127.0)
-            return _signed_bytes(jnp.where(x < 0, -k, k))
+            bend = noise * (np.float32(1 / 254) - np.float32(1 / 254) * noise)
+            k = (253.5 - 254.0 / w) + (noise - bend * w)
+            return _bytes(jnp.copysign(jnp.minimum(k, 127.25), x))
         y = jnp.minimum(jnp.sqrt(x) * (255.0 * inverse), 255.0)
         k = jnp.floor(y)
         # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
         upper = (1.0 - noise) * (2.0 * k + 1.0) < (y - k) * (y + k)
         k = jnp.where(upper, k + 1.0, k)
-        return _unsigned_bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
+        return _bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
@@ -280,8 +280,8 @@ class FlashOptim8(Codec):
         if self.signed:
             y = x / divisor
             z = 2.0 * y / (1.0 + jnp.abs(y))
-            return _signed_bytes(jnp.floor(127.0 * z + 0.5))
-        return _unsigned_bytes(jnp.floor(255.0 * (magnitude / divisor) + 0.5))
+            return _bytes(jnp.floor(127.0 * z + 0.5))
+        return _bytes(jnp.floor(255.0 * (magnitude / divisor) + 0.5))
 
     def _divisor(self, maxima: tuple[jax.Array, ...]) -> jax.Array:
         largest = lax.bitcast_convert_type(maxima[0], jnp.float32)
@@ -367,7 +367,7 @@ class Affine8(Codec):
         k = jnp.minimum(jnp.maximum(k, 0.0), 255.0)
         if not self.signed:
             k = jnp.where(x > 0, jnp.maximum(k, 1.0), k)
-        return _unsigned_bytes(k)
+        return _bytes(k)
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
@@ -450,17 +450,16 @@ def _reciprocal(scale: jax.Array) -> jax.Array:
     return power * r
 
 
-def _signed_bytes(k: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(k.astype(jnp.int8), jnp.uint8)
+def _bytes(k: jax.Array) -> jax.Array:
+    """The nearest whole numbers of -128 to 255 as bytes; two's complement below 0."""
+    # In a float of this size the last bit counts ones, so the sum rounds. A conversion
+    # would first have to see to NaN and to what is out of range.
+    shifted = lax.bitcast_convert_type(k + np.float32(1.5 * 2**23), jnp.int32)
+    return shifted.astype(jnp.uint8)
 
 
 def _from_signed_bytes(codes: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
-
-
-def _unsigned_bytes(k: jax.Array) -> jax.Array:
-    # Through int32, as in hashing: CPUs have no vector conversion to uint8.
-    return k.astype(jnp.int32).astype(jnp.uint8)
 
 
 def _from_unsigned_bytes(codes: jax.Array) -> jax.Array:

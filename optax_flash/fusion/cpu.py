@@ -1,0 +1,305 @@
+"""Programs on CPUs: plain XLA, held to loops that it computes in vectors.
+
+Left to itself, XLA's CPU backend computes a group's maximum together with all that
+leads to it, element by element. Here a program is cut into phases that XLA must not
+merge: each array that the update returns, all maxima of groups, and the codes of each
+field. A phase computes what it needs from the operands again, in registers, for that is
+cheaper than writing a float32 array of a large leaf to memory and reading it back.
+
+What keeps phases apart is an attribute of a call that this backend honours. An
+optimization_barrier does not: it is taken out before loops are merged.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
+
+from optax_flash.fusion.ops import Encode, Tile, op_p
+from optax_flash.fusion.program import Program, Role, evaluate
+from optax_flash.fusion.slices import jaxpr_of, slice_equations
+from optax_flash.fusion.tiles import Layout, Place, Shard
+from optax_flash.numerics import groups, hashing
+from optax_flash.numerics.codecs import Codec
+
+
+def update(shards: list[Shard]) -> list[list[jax.Array]]:
+    """The results of programs, each on a shard of its leaf."""
+    return [_update(shard) for shard in shards]
+
+
+def misfit(program: Program) -> str | None:
+    """Why phases are of no use to a program; None if they are."""
+    if not program.size:
+        return "it is empty"
+    encodes = _encodes(program)
+    if len(encodes) != 1:
+        return "nothing is encoded" if not encodes else "it is encoded in parts"
+    codes = set(encodes[0].outvars)
+    used = {
+        x for eqn in program.jaxpr.eqns for x in eqn.invars if isinstance(x, core.Var)
+    }
+    return "codes are computed on" if codes & used else None
+
+
+def _encodes(program: Program) -> list[core.JaxprEqn]:
+    return [
+        eqn
+        for eqn in program.jaxpr.eqns
+        if eqn.primitive is op_p and isinstance(eqn.params["op"], Encode)
+    ]
+
+
+def _update(shard: Shard) -> list[jax.Array]:
+    program, shape = shard.program, shard.shape
+    layout = Layout.of(program, shape, shard.place)
+    offsets = shard.place.offsets
+    run = _steps(program, layout, offsets is not None)
+    operands = [
+        _to_tiles(layout, role, x)
+        for role, x in zip(program.inputs, shard.operands, strict=True)
+    ]
+    results = run([jnp.asarray(x, jnp.int32) for x in offsets or ()], operands)
+    return [
+        _from_tiles(layout, role, x, like.shape)
+        for role, x, like in zip(
+            program.outputs, results, shard.result_shapes(), strict=True
+        )
+    ]
+
+
+class _Traced(NamedTuple):
+    """A program on one tile, the whole leaf, before anything is encoded.
+
+    Attributes:
+      jaxpr: from offsets and operands to results that are not encoded, values that
+        are, and random bits.
+      results: variables, None for what is encoded.
+      values: variables of the fields that are encoded.
+      bits: the variable of the leaf's random bits.
+      codecs: of the fields.
+    """
+
+    jaxpr: core.Jaxpr
+    results: list[Any]
+    values: list[Any]
+    bits: Any
+    codecs: tuple[Codec, ...]
+
+
+def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
+    (encode,) = _encodes(program)
+    op: Encode = encode.params["op"]
+    start, salt, *values = encode.invars
+    encoded = set(encode.outvars)
+    plain = [x for x in program.jaxpr.outvars if x not in encoded]
+    before = jaxpr_of(
+        program.jaxpr.invars,
+        [*plain, *values, start, salt],
+        [eqn for eqn in program.jaxpr.eqns if eqn is not encode],
+    )
+
+    def run(offsets: list[jax.Array], operands: list[Any]) -> list[jax.Array]:
+        place = Place(program.shape, tuple(offsets) or None)
+        elements = layout.elements(0, layout.units)
+        index = layout.places(place, 0, layout.units)
+        tile = Tile(elements.index.shape, index, elements.mask)
+        *out, start, salt = evaluate(before, tile, operands)
+        out = [jnp.broadcast_to(x, tile.shape) for x in out]
+        results, values = out[: len(plain)], out[len(plain) :]
+        if tile.mask is not None:
+            # Past the end of a row an optimizer may compute anything from zeros.
+            values = [jnp.where(tile.mask, x, 0.0) for x in values]
+        values = [x.astype(jnp.float32) for x in values]
+        return [*results, *values, tile.bits(start, salt)]
+
+    closed = jax.make_jaxpr(run)(
+        [jax.ShapeDtypeStruct((), jnp.int32)] * (len(program.shape) if offset else 0),
+        _avals(program, layout),
+    )
+    assert not closed.consts
+    *outvars, bits = closed.jaxpr.outvars
+    computed = iter(outvars[: len(plain)])
+    results = [None if x in encoded else next(computed) for x in program.jaxpr.outvars]
+    return _Traced(closed.jaxpr, results, outvars[len(plain) :], bits, op.codecs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]:
+    """A program in phases, as a function of offsets and operands in tiles."""
+    traced = _trace(program, layout, offset)
+    inputs = list(traced.jaxpr.invars)
+    known = set(inputs)
+
+    def equations(wanted: list[Any]) -> list[core.JaxprEqn]:
+        return slice_equations(traced.jaxpr.eqns, wanted, known)
+
+    def reads(wanted: list[Any]) -> set[Any]:
+        operands = [x for eqn in equations(wanted) for x in eqn.invars]
+        named = {x for x in operands if not isinstance(x, core.Literal)}
+        return known & (named | set(wanted))
+
+    def phase(
+        wanted: list[Any], then: Callable[..., Any], passed: list[Any]
+    ) -> Callable[..., Any]:
+        """Computes variables from the inputs, and something from them.
+
+        What is passed through is returned as it is, so that phases which take it from
+        there come later, when its buffer may be written over.
+        """
+        # An operand that is not read would still be waited for.
+        needed = reads(wanted) | set(passed)
+        taken = [i for i, x in enumerate(inputs) if x in needed]
+        invars = [inputs[i] for i in taken]
+        compute = core.jaxpr_as_fun(
+            core.ClosedJaxpr(jaxpr_of(invars, wanted, equations(wanted)), ())
+        )
+
+        @_uninlined
+        def run(operands: list[Any], *more: Any) -> Any:
+            env = dict(zip(invars, operands, strict=True))
+            return then(*compute(*operands), *more), [env[x] for x in passed]
+
+        return lambda operands, *more: run([operands[i] for i in taken], *more)
+
+    plain = list(dict.fromkeys(x for x in traced.results if x is not None))
+    # The last is written over its operand; for the others XLA copies what is needed.
+    plain.sort(key=lambda x: x.aval.dtype.itemsize)
+    # What phases that come later read.
+    later = [[*plain[i + 1 :], *traced.values, traced.bits] for i in range(len(plain))]
+    handed_on = [
+        [x for x in inputs if x in needed and x.aval.shape]
+        for needed in map(reads, later)
+    ]
+    result_phases = [
+        phase([x], lambda x: x, passed)
+        for x, passed in zip(plain, handed_on, strict=True)
+    ]
+    maxima_phase = phase(traced.values, functools.partial(_maxima, traced.codecs), [])
+    scales_phase = _uninlined(functools.partial(_scales, traced.codecs))
+    code_phases = [
+        phase([value, traced.bits], functools.partial(_codes, codec, field), [])
+        for field, (codec, value) in enumerate(
+            zip(traced.codecs, traced.values, strict=True)
+        )
+    ]
+
+    def run(offsets: list[jax.Array], operands: list[Any]) -> list[Any]:
+        flat = jax.tree.leaves((offsets, operands))
+        computed: dict[Any, jax.Array] = {}
+        for x, compute, names in zip(plain, result_phases, handed_on, strict=True):
+            computed[x], passed = compute(flat)
+            env = dict(zip(names, passed, strict=True))
+            flat = [env.get(x, y) for x, y in zip(inputs, flat, strict=True)]
+        maxima, _ = maxima_phase(flat)
+        scales = scales_phase(maxima)
+        codes = [
+            compute(flat, *of_field)[0]
+            for compute, *of_field in zip(code_phases, scales, maxima, strict=True)
+        ]
+        stored = iter([*codes, *scales])
+        return [next(stored) if x is None else computed[x] for x in traced.results]
+
+    return _uninlined(run)
+
+
+def _maxima(codecs: tuple[Codec, ...], *values: jax.Array) -> list[tuple[Any, ...]]:
+    """The maxima of all keys of all fields, in one loop for a size of groups."""
+    keys: list[list[jax.Array]] = [
+        list(codec.keys(_groups(x, codec.group)))
+        for codec, x in zip(codecs, values, strict=True)
+    ]
+    maxima: list[list[Any]] = [[] for _ in codecs]
+    for group in sorted({codec.group for codec in codecs}):
+        fields = [i for i, codec in enumerate(codecs) if codec.group == group]
+        flat = [key for i in fields for key in keys[i]]
+
+        def larger(a: Any, b: Any) -> tuple[Any, ...]:
+            return tuple(map(jnp.maximum, a, b))
+
+        # The one operation from which this backend writes several arrays in a loop.
+        lowest = (jnp.iinfo(jnp.int32).min,) * len(flat)
+        reduced = iter(
+            lax.reduce(tuple(flat), tuple(map(jnp.int32, lowest)), larger, (1,))
+        )
+        for i in fields:
+            maxima[i] = [next(reduced) for _ in keys[i]]
+    return [tuple(x) for x in maxima]
+
+
+def _scales(codecs: tuple[Codec, ...], maxima: list[tuple[Any, ...]]) -> list[Any]:
+    return [codec.scales_from(x) for codec, x in zip(codecs, maxima, strict=True)]
+
+
+def _codes(
+    codec: Codec,
+    field: int,
+    value: jax.Array,
+    bits: jax.Array,
+    scales: Any,
+    maxima: Any,
+) -> jax.Array:
+    bits = _groups(hashing.for_field(bits, field), codec.group)
+    codes = codec.codes(_groups(value, codec.group), scales, maxima, bits)
+    return codes.reshape(value.shape)
+
+
+def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as a call that XLA's CPU backend does not inline."""
+
+    def inside(*args: Any) -> Any:
+        with set_xla_metadata(inlineable=None):  # Not for the calls inside.
+            return function(*args)
+
+    jitted = jax.jit(inside)
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jitted(*args)
+
+    return call
+
+
+def _avals(program: Program, layout: Layout) -> list[Any]:
+    shape = (layout.units, layout.lanes)
+
+    def aval(role: Role, dtype: Any) -> Any:
+        if role.codec and role.kind == "scales":
+            plane = (layout.units * layout.lanes // role.codec.group,)
+            planes = role.codec.scales_per_group
+            return (jax.ShapeDtypeStruct(plane, dtype),) * planes
+        return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
+
+    return [
+        aval(role, x.aval.dtype)
+        for role, x in zip(program.inputs, program.jaxpr.invars, strict=True)
+    ]
+
+
+def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:
+    if role.kind == "scalar":
+        return jnp.asarray(x)
+    if role.codec and role.kind == "scales":
+        per_unit = layout.lanes // role.codec.group
+        x = groups.split(x, per_unit * role.codec.scales_per_group)
+        x = x.reshape(-1, role.codec.scales_per_group)
+        return tuple(x[:, i] for i in range(role.codec.scales_per_group))
+    return groups.split(x, layout.lanes).reshape(-1, layout.lanes)
+
+
+def _from_tiles(
+    layout: Layout, role: Role, x: Any, shape: tuple[int, ...]
+) -> jax.Array:
+    if role.codec and role.kind == "scales":
+        x = jnp.stack(x, axis=-1)
+    x = x.reshape(*shape[:-1], -1)
+    return x if x.shape == shape else x[..., : shape[-1]]
+
+
+def _groups(x: jax.Array, group: int) -> jax.Array:
+    return x.reshape(-1, group)
