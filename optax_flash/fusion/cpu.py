@@ -79,7 +79,7 @@ class _Traced(NamedTuple):
     Attributes:
       jaxpr: from offsets and operands to results that are not encoded, values that
         are, and random bits.
-      results: variables, None for what is encoded.
+      results: variables; for codes and scales their number among what is encoded.
       values: variables of the fields that are encoded.
       bits: the variable of the leaf's random bits.
       codecs: of the fields.
@@ -96,7 +96,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     (encode,) = _encodes(program)
     op: Encode = encode.params["op"]
     start, salt, *values = encode.invars
-    encoded = set(encode.outvars)
+    encoded = {x: i for i, x in enumerate(encode.outvars)}
     plain = [x for x in program.jaxpr.outvars if x not in encoded]
     before = jaxpr_of(
         program.jaxpr.invars,
@@ -108,7 +108,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
         place = Place(program.shape, tuple(offsets) or None)
         elements = layout.elements(0, layout.units)
         index = layout.places(place, 0, layout.units)
-        tile = Tile(elements.index.shape, index, elements.mask)
+        tile = Tile((layout.units, layout.lanes), index, elements.mask)
         *out, start, salt = evaluate(before, tile, operands)
         out = [jnp.broadcast_to(x, tile.shape) for x in out]
         results, values = out[: len(plain)], out[len(plain) :]
@@ -125,8 +125,14 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     assert not closed.consts
     *outvars, bits = closed.jaxpr.outvars
     computed = iter(outvars[: len(plain)])
-    results = [None if x in encoded else next(computed) for x in program.jaxpr.outvars]
+    results = [
+        encoded[x] if x in encoded else next(computed) for x in program.jaxpr.outvars
+    ]
     return _Traced(closed.jaxpr, results, outvars[len(plain) :], bits, op.codecs)
+
+
+IN_CACHE = 2**20
+"""Leaves of so many elements keep their values in float32 from phase to phase."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -134,78 +140,92 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
     """A program in phases, as a function of offsets and operands in tiles."""
     traced = _trace(program, layout, offset)
     inputs = list(traced.jaxpr.invars)
-    known = set(inputs)
-
-    def equations(wanted: list[Any]) -> list[core.JaxprEqn]:
-        return slice_equations(traced.jaxpr.eqns, wanted, known)
-
-    def reads(wanted: list[Any]) -> set[Any]:
-        operands = [x for eqn in equations(wanted) for x in eqn.invars]
-        named = {x for x in operands if not isinstance(x, core.Literal)}
-        return known & (named | set(wanted))
+    kept = list(dict.fromkeys(traced.values))
+    kept = [
+        x for x in kept if x not in inputs and layout.units * layout.lanes <= IN_CACHE
+    ]
+    plain = list(dict.fromkeys(x for x in traced.results if not isinstance(x, int)))
+    # The last is written over its operand; for the others XLA copies what is needed.
+    plain.sort(key=lambda x: x.aval.dtype.itemsize)
 
     def phase(
-        wanted: list[Any], then: Callable[..., Any], passed: list[Any]
+        wanted: list[Any],
+        known: list[Any],
+        then: Callable[..., Any],
+        later: list[Any],
     ) -> Callable[..., Any]:
-        """Computes variables from the inputs, and something from them.
+        """Computes variables from known ones, and something from them.
 
-        What is passed through is returned as it is, so that phases which take it from
-        there come later, when its buffer may be written over.
+        Arrays that the variables in ``later`` need are returned as they are: phases
+        that take them from there come later, when a buffer may be written over.
         """
+        equations, needed = _slice(traced, wanted, known)
+        passed = [x for x in _slice(traced, later, known)[1] if x.aval.shape]
         # An operand that is not read would still be waited for.
-        needed = reads(wanted) | set(passed)
-        taken = [i for i, x in enumerate(inputs) if x in needed]
-        invars = [inputs[i] for i in taken]
-        compute = core.jaxpr_as_fun(
-            core.ClosedJaxpr(jaxpr_of(invars, wanted, equations(wanted)), ())
-        )
+        taken = [x for x in known if x in {*needed, *passed}]
+        jaxpr = jaxpr_of(taken, wanted, equations)
+        compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 
         @_uninlined
         def run(operands: list[Any], *more: Any) -> Any:
-            env = dict(zip(invars, operands, strict=True))
+            env = dict(zip(taken, operands, strict=True))
             return then(*compute(*operands), *more), [env[x] for x in passed]
 
-        return lambda operands, *more: run([operands[i] for i in taken], *more)
+        def call(env: dict[Any, Any], *more: Any) -> Any:
+            result, handed_on = run([env[x] for x in taken], *more)
+            env.update(zip(passed, handed_on, strict=True))
+            return result
 
-    plain = list(dict.fromkeys(x for x in traced.results if x is not None))
-    # The last is written over its operand; for the others XLA copies what is needed.
-    plain.sort(key=lambda x: x.aval.dtype.itemsize)
-    # What phases that come later read.
-    later = [[*plain[i + 1 :], *traced.values, traced.bits] for i in range(len(plain))]
-    handed_on = [
-        [x for x in inputs if x in needed and x.aval.shape]
-        for needed in map(reads, later)
-    ]
-    result_phases = [
-        phase([x], lambda x: x, passed)
-        for x, passed in zip(plain, handed_on, strict=True)
-    ]
-    maxima_phase = phase(traced.values, functools.partial(_maxima, traced.codecs), [])
-    scales_phase = _uninlined(functools.partial(_scales, traced.codecs))
-    code_phases = [
-        phase([value, traced.bits], functools.partial(_codes, codec, field), [])
-        for field, (codec, value) in enumerate(
+        return call
+
+    def alone(x: Any) -> Any:
+        return x
+
+    encoded = [*traced.values, traced.bits]
+    rest = [*plain, *encoded]
+    known = list(inputs)
+    first = []
+    for x in kept:
+        first.append((x, phase([x], known, alone, rest)))
+        known = [*known, x]
+    for i, x in enumerate(plain):
+        first.append((x, phase([x], known, alone, [*plain[i + 1 :], *encoded])))
+    find_maxima = phase(
+        traced.values, known, functools.partial(_maxima, traced.codecs), []
+    )
+    find_scales = _uninlined(functools.partial(_scales, traced.codecs))
+    find_codes = [
+        phase([x, traced.bits], known, functools.partial(_codes, codec, field), [])
+        for field, (codec, x) in enumerate(
             zip(traced.codecs, traced.values, strict=True)
         )
     ]
 
+    @_uninlined
     def run(offsets: list[jax.Array], operands: list[Any]) -> list[Any]:
-        flat = jax.tree.leaves((offsets, operands))
-        computed: dict[Any, jax.Array] = {}
-        for x, compute, names in zip(plain, result_phases, handed_on, strict=True):
-            computed[x], passed = compute(flat)
-            env = dict(zip(names, passed, strict=True))
-            flat = [env.get(x, y) for x, y in zip(inputs, flat, strict=True)]
-        maxima, _ = maxima_phase(flat)
-        scales = scales_phase(maxima)
+        env = dict(zip(inputs, jax.tree.leaves((offsets, operands)), strict=True))
+        for x, compute in first:
+            env[x] = compute(env)
+        maxima = find_maxima(env)
+        scales = find_scales(maxima)
         codes = [
-            compute(flat, *of_field)[0]
-            for compute, *of_field in zip(code_phases, scales, maxima, strict=True)
+            find(env, *of_field)
+            for find, *of_field in zip(find_codes, scales, maxima, strict=True)
         ]
-        stored = iter([*codes, *scales])
-        return [next(stored) if x is None else computed[x] for x in traced.results]
+        stored = [*codes, *scales]
+        return [stored[x] if isinstance(x, int) else env[x] for x in traced.results]
 
-    return _uninlined(run)
+    return run
+
+
+def _slice(
+    traced: _Traced, wanted: list[Any], known: list[Any]
+) -> tuple[list[core.JaxprEqn], list[Any]]:
+    """Equations that make variables from known ones, and which of these they read."""
+    equations = slice_equations(traced.jaxpr.eqns, wanted, set(known))
+    operands = [x for eqn in equations for x in eqn.invars]
+    read = {x for x in operands if not isinstance(x, core.Literal)} | set(wanted)
+    return equations, [x for x in known if x in read]
 
 
 def _maxima(codecs: tuple[Codec, ...], *values: jax.Array) -> list[tuple[Any, ...]]:

@@ -24,7 +24,7 @@ def inline(jaxpr: core.Jaxpr) -> core.Jaxpr:
     )
 
 
-def _is_mixed(eqn: core.JaxprEqn) -> bool:
+def _is_mixed(eqn: Any) -> bool:
     if eqn.primitive.name not in CALLS or _callee(eqn).consts:
         return False
     arrays = sum(1 for x in eqn.outvars if x.aval.shape)

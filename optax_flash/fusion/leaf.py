@@ -89,7 +89,7 @@ def _lowering(platform: str) -> Callable[..., Any]:
                 function = partition.whole(programs, kernel)
             elif partition.explicit_mesh(ctx.avals_in):
                 function = partition.mapped(
-                    programs, kernel, list(ctx.avals_in), list(ctx.avals_out)
+                    programs, kernel, ctx.avals_in, ctx.avals_out
                 )
             else:
                 function = partition.partitioned(programs, kernel)

@@ -208,7 +208,8 @@ def define(
         return outs, out_tangents
 
     def eager(*args: Any, **params: Any) -> Any:
-        if jax.config.jax_disable_jit:
+        # jax.config makes its attributes as it runs.
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return function(**params)(*args)
         return compiled(tuple(params.items()))(*args)
 

@@ -136,8 +136,8 @@ def _load_all(leaf: Leaf, refs: Any, where: Addresses) -> list[Any]:
 
 def _read(ref: Any, where: Where) -> jax.Array:
     other = None if where.mask is None else jnp.zeros([], ref.dtype)
-    return plgpu.load(ref.at[where.index], mask=where.mask, other=other)
+    return plgpu.load(ref.at[where.indices], mask=where.mask, other=other)
 
 
 def _write(ref: Any, where: Where, x: jax.Array) -> None:
-    plgpu.store(ref.at[where.index], x, mask=where.mask)
+    plgpu.store(ref.at[where.indices], x, mask=where.mask)

@@ -6,7 +6,7 @@ shards that do not hold whole units, it is gathered, and the results are the sam
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ def partitioned(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Ar
 
 
 def mapped(
-    programs: Programs, kernel: Kernel, avals: list[Any], out_avals: list[Any]
+    programs: Programs, kernel: Kernel, avals: Sequence[Any], out_avals: Sequence[Any]
 ) -> Callable[..., list[jax.Array]]:
     """The same on a mesh of explicit axes, where types tell how leaves are sharded.
 
@@ -97,7 +97,7 @@ def mapped(
     return run
 
 
-def explicit_mesh(avals: list[Any]) -> Any:
+def explicit_mesh(avals: Sequence[Any]) -> Any:
     """The mesh of arrays whose types tell their sharding; None if theirs do not."""
     for x in avals:
         mesh = x.sharding.mesh

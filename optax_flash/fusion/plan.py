@@ -134,7 +134,7 @@ def addresses(
     elements = layout.elements(first, units)
     mask = elements.mask
     if mask is None and always_mask:
-        mask = elements.index >= 0
+        mask = elements.indices >= 0
 
     def where(role: Role) -> Where | tuple[Where, ...] | None:
         if role.kind == "scalar":

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion.ops import Decode, Encode, Op, Round, Tile, op_p
+from optax_flash.fusion.slices import constant
 from optax_flash.numerics.codecs import Codec
 
 
@@ -40,7 +41,8 @@ class Program:
 
     Attributes:
       shape: of the leaf.
-      jaxpr: without constants. Literals of an :class:`Op` are operands.
+      jaxpr: a ``core.Jaxpr``, without constants. An :class:`Op`'s literals are
+        operands.
       inputs: a role for each operand.
       outputs: a role for each result.
       donors: for each result the operand whose buffer it takes over, or None.
@@ -48,7 +50,7 @@ class Program:
     """
 
     shape: tuple[int, ...]
-    jaxpr: core.Jaxpr
+    jaxpr: Any
     inputs: tuple[Role, ...]
     outputs: tuple[Role, ...]
     donors: tuple[int | None, ...]
@@ -82,9 +84,10 @@ class Program:
         number: dict[Any, int] = {}
 
         def name(x: Any) -> Any:
+            dtype = x.aval.dtype
             if isinstance(x, core.Literal):
-                return str(x.val), x.aval.dtype
-            return number.setdefault(x, len(number)), x.aval.dtype
+                return str(x.val), dtype
+            return number.setdefault(x, len(number)), dtype
 
         operands = tuple(name(x) for x in self.jaxpr.invars)
         equations = [
@@ -114,7 +117,7 @@ def on_tile(program: Program, tile: Tile, args: list[Any]) -> list[Any]:
     return evaluate(program.jaxpr, tile, args)
 
 
-def misfit(eqn: core.JaxprEqn) -> str | None:
+def misfit(eqn: Any) -> str | None:
     """Why an equation that makes an array cannot be a part of a program, in words."""
     name = eqn.primitive.name
     if eqn.primitive is op_p:
@@ -207,7 +210,7 @@ def _without_shapes(params: dict[str, Any]) -> Any:
     return tuple(named)
 
 
-def flat_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+def flat_equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
     """All equations, those inside of calls too."""
     for eqn in jaxpr.eqns:
         yield eqn
@@ -225,7 +228,7 @@ def evaluate(
 
     def read(x: Any) -> Any:
         if isinstance(x, core.Literal):
-            return np.asarray(x.val, x.aval.dtype)[()]
+            return constant(x)[()]
         return env[x]
 
     for eqn in jaxpr.eqns:
@@ -234,7 +237,7 @@ def evaluate(
     return [read(x) for x in jaxpr.outvars]
 
 
-def _evaluate_equation(eqn: core.JaxprEqn, tile: Tile, args: list[Any]) -> Any:
+def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
     name, params = eqn.primitive.name, eqn.params
     if eqn.primitive is op_p:
         op: Op = params["op"]
@@ -297,7 +300,7 @@ def roles(
     return tuple(map(role, operands)), tuple(map(role, results))
 
 
-def leaf_shape(eqns: list[core.JaxprEqn]) -> tuple[int, ...] | None:
+def leaf_shape(eqns: list[Any]) -> tuple[int, ...] | None:
     """The shape on which all equations work; None where they do not agree."""
     shapes = set()
     for eqn in eqns:

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend import core
 
 from optax_flash.fusion import leaf as leaves
 from optax_flash.fusion import split as splits
 from optax_flash.fusion.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
+from optax_flash.fusion.program import Program
+from optax_flash.fusion.slices import constant
 from optax_flash.numerics import hashing
 
 PyTree = Any
@@ -40,6 +41,7 @@ class _Trace:
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
     "optax_flash_trace", default=None
 )
+Fitting = tuple[splits.Leaf, Program]
 Watched = list[tuple[splits.Leaf, str | None]]
 _watched: contextvars.ContextVar[Watched | None] = contextvars.ContextVar(
     "optax_flash_leaves", default=None
@@ -184,7 +186,7 @@ def _run_parts(
 
     def read(x: Any) -> Any:
         if isinstance(x, core.Literal):
-            return np.asarray(x.val, x.aval.dtype)
+            return constant(x)
         return env[x]
 
     env.update(
@@ -194,28 +196,29 @@ def _run_parts(
             strict=True,
         )
     )
-    for batch in _batches([leaf for leaf in split.leaves if leaf.program]):
+    fitting = [(leaf, leaf.program) for leaf in split.leaves if leaf.program]
+    for batch in _batches(fitting):
         results = leaves.update(
-            tuple(leaf.program for leaf in batch if leaf.program),
+            tuple(program for _, program in batch),
             implementation,
-            [[read(x) for x in leaf.operands] for leaf in batch],
+            [[read(x) for x in leaf.operands] for leaf, _ in batch],
         )
-        for leaf, of_leaf in zip(batch, results, strict=True):
+        for (leaf, _), of_leaf in zip(batch, results, strict=True):
             env.update(zip(leaf.results, of_leaf, strict=True))
     rest = jax.core.eval_jaxpr(split.rest, (), *map(read, split.rest_operands))
     env.update(zip(split.rest.outvars, rest, strict=True))
     return [read(x) for x in split.returned]
 
 
-def _batches(fitting: list[splits.Leaf]) -> Iterator[list[splits.Leaf]]:
+def _batches(fitting: list[Fitting]) -> Iterator[list[Fitting]]:
     """Leaves that run together: small ones of one family, equal programs first."""
-    families: dict[Any, dict[Any, list[splits.Leaf]]] = {}
-    for leaf in fitting:
-        if leaf.program.size >= SMALL:
-            yield [leaf]
+    families: dict[Any, dict[Program, list[Fitting]]] = {}
+    for leaf, program in fitting:
+        if program.size >= SMALL:
+            yield [(leaf, program)]
         else:
-            family = families.setdefault(leaf.program.family, {})
-            family.setdefault(leaf.program, []).append(leaf)
+            family = families.setdefault(program.family, {})
+            family.setdefault(program, []).append((leaf, program))
     for family in families.values():
         rest = []
         for alike in family.values():

@@ -1,8 +1,13 @@
-"""Parts of jaxprs."""
+"""Parts of jaxprs.
+
+Here and in other files equations and variables are often ``Any``: by jax's annotations
+the type of a variable has no shape and no dtype.
+"""
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from jax.extend import core
 
 
@@ -21,6 +26,11 @@ def slice_equations(
                 if not isinstance(x, core.Literal) and x not in known
             )
     return kept[::-1]
+
+
+def constant(literal: Any) -> np.ndarray:
+    """The value of a literal."""
+    return np.asarray(literal.val, literal.aval.dtype)
 
 
 def jaxpr_of(invars: list[Any], outvars: list[Any], eqns: list[Any]) -> core.Jaxpr:

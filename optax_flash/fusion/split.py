@@ -24,8 +24,6 @@ from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 
-Key = Any
-
 
 class Leaf(NamedTuple):
     """The part of an update that concerns one leaf.
@@ -210,9 +208,9 @@ def _leaves(
         eqns = sorted(groups.eqns.get(root, []), key=lambda eqn: place[id(eqn)])
         found_names = tuple(dict.fromkeys(names_of.get(root, ())))
         reason = groups.reasons.get(root)
-        if reason is None and (shape := programs.leaf_shape(eqns)) is None:
-            reason = "arrays of several shapes meet"
-        if reason is not None:
+        shape = None if reason else programs.leaf_shape(eqns)
+        if shape is None:
+            reason = reason or "arrays of several shapes meet"
             leaves.append(Leaf(None, [], results, found_names, reason))
             continue
         found, scalars = _program(shape, eqns, arrays, results, donor_of)
@@ -307,19 +305,24 @@ def _with_reciprocals(eqns: list[core.JaxprEqn]) -> list[core.JaxprEqn]:
     """
     rewritten = []
     for eqn in eqns:
-        x = eqn.invars[1] if eqn.primitive is lax.div_p else None
-        scalar = isinstance(x, core.Var) and not x.aval.shape
-        (out, *_) = eqn.outvars
-        if scalar and out.aval.shape and out.aval.dtype == np.float32:
+        if _divides_by_scalar(eqn):
+            dividend, x = eqn.invars
             one = core.Literal(np.float32(1.0), x.aval)
             reciprocal = core.Var(x.aval)
             rewritten.append(eqn.replace(invars=[one, x], outvars=[reciprocal]))
             product = jax.make_jaxpr(lax.mul)(1.0, 1.0).eqns[0]
-            eqn = product.replace(
-                invars=[eqn.invars[0], reciprocal], outvars=eqn.outvars
-            )
+            eqn = product.replace(invars=[dividend, reciprocal], outvars=eqn.outvars)
         rewritten.append(eqn)
     return rewritten
+
+
+def _divides_by_scalar(eqn: Any) -> bool:
+    if eqn.primitive is not lax.div_p:
+        return False
+    x, out = eqn.invars[1], eqn.outvars[0]
+    if isinstance(x, core.Literal) or x.aval.shape:
+        return False
+    return _is_array(out) and out.aval.dtype == np.float32
 
 
 def _params_key(eqn: core.JaxprEqn) -> Any:

@@ -64,7 +64,7 @@ class Shard(NamedTuple):
 class Where(NamedTuple):
     """Flat places of a tile's elements in a buffer, and which of them exist."""
 
-    index: jax.Array
+    indices: jax.Array
     mask: jax.Array | None
 
 
@@ -134,7 +134,7 @@ class Layout:
     def places(self, place: Place, first: Any, count: int) -> jax.Array:
         """Row-major places in the whole leaf: uint32 ``(count, lanes)``, wrapping."""
         if place.offsets is None:
-            return self.elements(first, count).index.astype(jnp.uint32)
+            return self.elements(first, count).indices.astype(jnp.uint32)
         unit = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
         lane = lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
         row, column = self._row_and_column(unit, lane)

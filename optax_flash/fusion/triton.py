@@ -173,9 +173,9 @@ def _load_all(writer: Writer, planned: Plan, i: int, where: Addresses) -> list[A
 
 def _load(writer: Writer, name: str, at: Where) -> str:
     mask = "" if at.mask is None else f", mask={at.mask}, other=0"
-    return writer.assign(f"tl.load({name} + {at.index}{mask})")
+    return writer.assign(f"tl.load({name} + {at.indices}{mask})")
 
 
 def _store(writer: Writer, name: str, at: Where, x: str) -> None:
     mask = "" if at.mask is None else f", mask={at.mask}"
-    writer.line(f"tl.store({name} + {at.index}, {x}{mask})")
+    writer.line(f"tl.store({name} + {at.indices}, {x}{mask})")

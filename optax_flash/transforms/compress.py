@@ -207,7 +207,7 @@ def _encode(
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
     shapes = [p.shape for p in jax.tree.leaves(params)]
     for i, stored in _rows(codecs):
-        encode = ops.Encode(tuple(codecs[j][i] for j in stored), shapes[i])
+        encode = ops.Encode(tuple(stored.values()), shapes[i])
         arrays = [values[j][i] for j in stored]
         encoded = encode(start, hashing.salt(paths[i]), *arrays)
         for n, j in enumerate(stored):
@@ -242,7 +242,7 @@ def _decode(
         for field, *columns in zip(fields, values, scales, strict=True)
     ]
     for i, stored in _rows(codecs):
-        decode = ops.Decode(tuple(codecs[j][i] for j in stored), shapes[i])
+        decode = ops.Decode(tuple(stored.values()), shapes[i])
         codes, of_codes = [values[j][i] for j in stored], [scales[j][i] for j in stored]
         for j, x in zip(stored, decode(*codes, *of_codes), strict=True):
             values[j][i] = x
@@ -293,11 +293,11 @@ def _codec_of_state(
     )
 
 
-def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, list[int]]]:
-    """The params that have something in codes, each with the fields that have it."""
+def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, dict[int, Codec]]]:
+    """The params that have something in codes, each with its fields' codecs."""
     rows = []
     for i, of_param in enumerate(zip(*codecs, strict=True)):
-        stored = [j for j, codec in enumerate(of_param) if codec is not None]
+        stored = {j: codec for j, codec in enumerate(of_param) if codec is not None}
         if stored:
             rows.append((i, stored))
     return rows

@@ -1,0 +1,25 @@
+"""The code in docs/kernels.md runs as it stands, and prints what the page shows."""
+
+import doctest
+import pathlib
+import re
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+# A page leaves out what does not matter: "..." stands for anything.
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@pytest.mark.parametrize("page, count", [("kernels.md", 2)])
+def test_page_runs(page, count, capsys):
+    text = (DOCS / page).read_text()
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == count == text.count("```python")
+    assert text.count("```text") == sum(bool(shown) for _, shown in blocks)
+    names: dict[str, object] = {}
+    for block, shown in blocks:
+        exec(block, names)
+        printed = capsys.readouterr().out
+        assert doctest.OutputChecker().check_output(shown, printed, FLAGS), printed
