@@ -89,7 +89,7 @@ def explain(
       >>> print(optax_flash.explain(tx, params, platform="cuda"))
       on cuda
       leaves  first   shape       runs in  because
-           1  bias    [512]       pallas   elementwise; up to 16 such leaves share a kernel
+           1  bias    [512]       pallas   elementwise; 16 small leaves share a kernel
            1  kernel  [512, 512]  pallas   elementwise
     """
     if platform is None:

@@ -51,5 +51,5 @@ def choose(
     if reason:
         return "xla", reason
     if program.size < SMALL:
-        return "pallas", f"elementwise; up to {TOGETHER} such leaves share a kernel"
+        return "pallas", f"elementwise; {TOGETHER} small leaves share a kernel"
     return "pallas", "elementwise"

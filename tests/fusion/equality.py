@@ -42,7 +42,6 @@ SHAPES = {
     "three_axes": (3, 5, 300),
     "vector": (4096,),
     "small": (7,),
-    "scalar": (),
 }
 
 
