@@ -53,6 +53,14 @@ def entrants() -> list[Entrant]:
         weights="float32",
         dtype=jnp.float32,
     )
+    finished = transformation(
+        "adamw8, finished",
+        lambda: optax_flash.master_weights(
+            optax_flash.adamw8(LEARNING_RATE, **settings), finished=True
+        ),
+        weights="float32",
+        dtype=jnp.float32,
+    )
     split = transformation(
         "master_weights(adamw8)",
         lambda: optax_flash.master_weights(
@@ -75,6 +83,7 @@ def entrants() -> list[Entrant]:
     return [
         Entrant(adamw, adamw.name),
         Entrant(adamw8, adamw.name),
+        Entrant(finished, adamw.name),
         Entrant(split, adamw.name),
         Entrant(flashoptim_jax(fused=False), adamw.name),
         Entrant(lion, lion.name),

@@ -7,8 +7,8 @@ from optax_flash.aliases import scale_by_adam8 as scale_by_adam8
 from optax_flash.aliases import scale_by_lion8 as scale_by_lion8
 from optax_flash.aliases import sgd8 as sgd8
 from optax_flash.aliases import trace8 as trace8
-from optax_flash.explain import Explanation as Explanation
-from optax_flash.explain import explain as explain
+from optax_flash.explanation import Explanation as Explanation
+from optax_flash.explanation import explain as explain
 from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
 from optax_flash.memory import MemoryReport as MemoryReport
