@@ -12,10 +12,8 @@ TOGETHER = 16
 """How many of them share one."""
 
 
-def misfit(program: Program | None, implementation: str) -> str | None:
+def misfit(program: Program, implementation: str) -> str | None:
     """Why a program cannot run in a kernel; None if it can."""
-    if program is None:
-        return "no program"
     if implementation == "xla":
         return None
     if program.size >= 2**31:

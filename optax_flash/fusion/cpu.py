@@ -21,6 +21,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from optax_flash.fusion.ops import Encode, Tile, op_p
+from optax_flash.fusion.plan import tile_operands
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 from optax_flash.fusion.tiles import Layout, Place, Shard
@@ -120,7 +121,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
 
     closed = jax.make_jaxpr(run)(
         [jax.ShapeDtypeStruct((), jnp.int32)] * (len(program.shape) if offset else 0),
-        _avals(program, layout),
+        tile_operands(program, (layout.units, layout.lanes)),
     )
     assert not closed.consts
     *outvars, bits = closed.jaxpr.outvars
@@ -140,10 +141,8 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
     """A program in phases, as a function of offsets and operands in tiles."""
     traced = _trace(program, layout, offset)
     inputs = list(traced.jaxpr.invars)
-    kept = list(dict.fromkeys(traced.values))
-    kept = [
-        x for x in kept if x not in inputs and layout.units * layout.lanes <= IN_CACHE
-    ]
+    fits = layout.units * layout.lanes <= IN_CACHE
+    kept = [x for x in dict.fromkeys(traced.values) if fits and x not in inputs]
     plain = list(dict.fromkeys(x for x in traced.results if not isinstance(x, int)))
     # The last is written over its operand; for the others XLA copies what is needed.
     plain.sort(key=lambda x: x.aval.dtype.itemsize)
@@ -283,22 +282,6 @@ def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
             return jitted(*args)
 
     return call
-
-
-def _avals(program: Program, layout: Layout) -> list[Any]:
-    shape = (layout.units, layout.lanes)
-
-    def aval(role: Role, dtype: Any) -> Any:
-        if role.codec and role.kind == "scales":
-            plane = (layout.units * layout.lanes // role.codec.group,)
-            planes = role.codec.scales_per_group
-            return (jax.ShapeDtypeStruct(plane, dtype),) * planes
-        return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
-
-    return [
-        aval(role, x.aval.dtype)
-        for role, x in zip(program.inputs, program.jaxpr.invars, strict=True)
-    ]
 
 
 def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_flash.fusion.ops import Tile
-from optax_flash.fusion.program import Program, Role, on_tile
+from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Place, Shard, Where
 from optax_flash.fusion.tuning import Config
 
@@ -153,6 +153,22 @@ def addresses(
     )
 
 
+def tile_operands(program: Program, shape: tuple[int, int]) -> list[Any]:
+    """Shapes and dtypes of a program's operands on a tile; scales as planes."""
+
+    def operand(role: Role, dtype: Any) -> Any:
+        if role.codec and role.kind == "scales":
+            plane = (shape[0] * shape[1] // role.codec.group,)
+            planes = role.codec.scales_per_group
+            return (jax.ShapeDtypeStruct(plane, dtype),) * planes
+        return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
+
+    return [
+        operand(role, x.aval.dtype)
+        for role, x in zip(program.inputs, program.jaxpr.invars, strict=True)
+    ]
+
+
 def computation(
     program: Program, shape: tuple[int, int], masked: bool
 ) -> tuple[Callable[..., list[Any]], tuple[Any, ...]]:
@@ -164,7 +180,7 @@ def computation(
     """
 
     def run(places: jax.Array, mask: jax.Array | None, args: list[Any]) -> list[Any]:
-        out = on_tile(program, Tile(shape, places, mask), args)
+        out = evaluate(program.jaxpr, Tile(shape, places, mask), args)
         rows = zip(program.outputs, program.jaxpr.outvars, out, strict=True)
         return [
             x
@@ -173,19 +189,9 @@ def computation(
             for role, var, x in rows
         ]
 
-    def operand(role: Role, dtype: Any) -> Any:
-        if role.codec and role.kind == "scales":
-            plane = (shape[0] * shape[1] // role.codec.group,)
-            planes = role.codec.scales_per_group
-            return (jax.ShapeDtypeStruct(plane, dtype),) * planes
-        return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
-
-    args = [
-        operand(role, x.aval.dtype)
-        for role, x in zip(program.inputs, program.jaxpr.invars, strict=True)
-    ]
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_) if masked else None
-    return run, (jax.ShapeDtypeStruct(shape, jnp.uint32), mask, args)
+    places = jax.ShapeDtypeStruct(shape, jnp.uint32)
+    return run, (places, mask, tile_operands(program, shape))
 
 
 def on_one_unit(program: Program) -> tuple[Callable[..., list[Any]], tuple[Any, ...]]:

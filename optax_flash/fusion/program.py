@@ -102,19 +102,10 @@ class Program:
         results = tuple(name(x) for x in self.jaxpr.outvars)
         return operands, tuple(equations), results, self.inputs, self.donors
 
-    def primitives(self) -> set[str]:
-        """The names of all primitives, those inside of nested calls among them."""
-        return {eqn.primitive.name for eqn in flat_equations(self.jaxpr)}
-
 
 def whole(program: Program) -> Any:
     """The program as a function of whole arrays: plain JAX, the reference."""
     return lambda *args: jax.core.eval_jaxpr(program.jaxpr, (), *args)
-
-
-def on_tile(program: Program, tile: Tile, args: list[Any]) -> list[Any]:
-    """The program on a tile; scales come and go as tuples of planes."""
-    return evaluate(program.jaxpr, tile, args)
 
 
 def misfit(eqn: Any) -> str | None:
