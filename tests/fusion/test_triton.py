@@ -24,25 +24,16 @@ from optax_flash.fusion.triton_source import HEADER, Writer
 from optax_flash.fusion.tuning import DEFAULT, Config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from equality import OPTIMIZERS  # noqa: E402
 from h100 import compile_step, mesh_of  # noqa: E402
 from test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME  # noqa: E402
 
 pytestmark = pytest.mark.cuda
 jax_triton = pytest.importorskip("jax_triton")
 
-OPTIMIZERS = {
-    "adamw": lambda: optax.adamw(1e-2),
-    "nadamw": lambda: optax.nadamw(1e-2),
-    "amsgrad": lambda: optax.amsgrad(1e-2),
-    "adabelief": lambda: optax.adabelief(1e-2),
-    "yogi": lambda: optax.yogi(1e-2),
-    "adan": lambda: optax.adan(1e-2),
-    "lion": lambda: optax.lion(1e-3),
-    "sgd": lambda: optax.sgd(1e-2, momentum=0.9, nesterov=True),
-    "rmsprop": lambda: optax.rmsprop(1e-2),
-    "ademamix": lambda: optax.contrib.ademamix(1e-2),
-    "adopt": lambda: optax.contrib.adopt(1e-2),
-}
+NAMES = (
+    "adamw nadamw amsgrad adabelief yogi adan lion sgd rmsprop ademamix adopt".split()
+)
 CODECS = ("companded8", "flashoptim", "affine8", {"mu": "affine8"})
 
 
@@ -51,7 +42,7 @@ def compress(inner, codecs=None):
 
 
 CASES = {
-    **{name: (compress(make()), jnp.float32) for name, make in OPTIMIZERS.items()},
+    **{name: (compress(OPTIMIZERS[name]()), jnp.float32) for name in NAMES},
     **{
         f"adamw_{codecs}": (compress(optax.adamw(1e-2), codecs), jnp.float32)
         for codecs in CODECS
