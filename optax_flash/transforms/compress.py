@@ -23,7 +23,7 @@ class CompressState(NamedTuple):
     Attributes:
       step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
       inner_state: the wrapped transformation's own state. In a compressed leaf's
-        place are its codes. # uint8, shape of the param, or half its last axis (4-bit codecs)
+        place are its codes. # uint8, shape of the param; with 4 bits (*rows, n / 2)
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
         params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
         compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
