@@ -136,6 +136,21 @@ class Codec(abc.ABC):
     ) -> jax.Array:
         """The inverse of :meth:`encode_groups`, float32."""
 
+    def saturated(self, codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Which elements have an outermost code, the largest of either sign.
+
+        Args:
+          codes: of an array of ``shape``.
+          shape: the array's.
+
+        Returns:
+          bool of ``shape``.
+        """
+        del shape
+        if self.signed:
+            return jnp.abs(_from_signed_bytes(codes)) == 127
+        return codes == 255
+
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the codes of an array of ``shape``."""
         return shape
@@ -374,6 +389,10 @@ class Affine8(Codec):
     ) -> jax.Array:
         step, zero = (s.astype(jnp.float32)[..., None] for s in scales)
         return step * (_from_unsigned_bytes(codes) - zero)
+
+    def saturated(self, codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        del shape
+        return (codes == 255) | (codes == 0) if self.signed else codes == 255
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(
