@@ -32,10 +32,14 @@ class _Trace:
       implementations: those that they ask for.
       start: of their random bits, :func:`hashing.start` of the outermost one's step.
         Sharing it, they share one hash of each element.
+      level: the state of jax's tracing where the start is known. Inside of another jit
+        it must not be used: jax would keep what is traced there for the next update,
+        with this one's start.
     """
 
     implementations: set[str]
     start: Any = None
+    level: Any = None
 
 
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
@@ -139,8 +143,9 @@ def run(
     if trace is not None:
         if implementation is not None:
             trace.implementations.add(implementation)
-        return update(trace.start, updates, state, params)
-    if is_dry():
+        if trace.level == core.get_opaque_trace_state(convention="flax"):
+            return update(trace.start, updates, state, params)
+    if trace is not None or is_dry():
         start = hashing.start(optax.safe_increment(state.step))
         return update(start, updates, state, params)
 
@@ -150,6 +155,7 @@ def run(
     def flat(*operands: Any) -> list[Any]:
         updates, state, params = jax.tree.unflatten(treedef, operands)
         trace.start = hashing.start(optax.safe_increment(state.step))
+        trace.level = core.get_opaque_trace_state(convention="flax")
         token = _trace.set(trace)
         try:
             out = update(trace.start, updates, state, params)

@@ -361,3 +361,15 @@ class TestTransformations:
         for _ in range(3):
             carry, _ = jax.jit(body)(carry, None)
         chex.assert_trees_all_equal(scanned, carry)
+
+
+def test_an_inner_update_may_be_jitted():
+    # Traced again, the outer update finds the inner one in jax's cache.
+    inner = optax_flash.adamw8(1e-3)
+    inner = inner._replace(update=jax.jit(inner.update))
+    tx = optax_flash.master_weights(inner)
+    params = jnp.ones((64, 64), jnp.bfloat16)
+    state = tx.init(params)
+    first = jax.jit(tx.update)(params, state, params)
+    second = jax.jit(lambda *args: tx.update(*args))(params, state, params)
+    chex.assert_trees_all_equal(first, second)
