@@ -1,10 +1,14 @@
 """optax_flash: the optimizer you already use, in less than half the memory."""
 
+from optax_flash.aliases import adam4 as adam4
 from optax_flash.aliases import adam8 as adam8
+from optax_flash.aliases import adamw4 as adamw4
 from optax_flash.aliases import adamw8 as adamw8
+from optax_flash.aliases import lion4 as lion4
 from optax_flash.aliases import lion8 as lion8
 from optax_flash.aliases import scale_by_adam8 as scale_by_adam8
 from optax_flash.aliases import scale_by_lion8 as scale_by_lion8
+from optax_flash.aliases import sgd4 as sgd4
 from optax_flash.aliases import sgd8 as sgd8
 from optax_flash.aliases import trace8 as trace8
 from optax_flash.explanation import Explanation as Explanation
@@ -13,11 +17,13 @@ from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
 from optax_flash.memory import MemoryReport as MemoryReport
 from optax_flash.memory import memory_report as memory_report
-from optax_flash.numerics.codecs import Affine8 as Affine8
+from optax_flash.numerics.affine import Affine4 as Affine4
+from optax_flash.numerics.affine import Affine8 as Affine8
+from optax_flash.numerics.catalogue import get_codec as get_codec
 from optax_flash.numerics.codecs import Codec as Codec
-from optax_flash.numerics.codecs import Companded8 as Companded8
-from optax_flash.numerics.codecs import FlashOptim8 as FlashOptim8
-from optax_flash.numerics.codecs import get_codec as get_codec
+from optax_flash.numerics.companded import Companded4 as Companded4
+from optax_flash.numerics.companded import Companded8 as Companded8
+from optax_flash.numerics.flashoptim import FlashOptim8 as FlashOptim8
 from optax_flash.numerics.weights import ExactResidual as ExactResidual
 from optax_flash.numerics.weights import FlashOptimResidual as FlashOptimResidual
 from optax_flash.transforms.compress import CompressState as CompressState

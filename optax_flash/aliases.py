@@ -1,4 +1,4 @@
-"""The optimizers people ask for by name: optax's own, with an 8-bit state."""
+"""The optimizers people ask for by name: optax's own, with an 8- or 4-bit state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -224,6 +224,140 @@ def sgd8(
     return compress(
         optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov),
         codecs,
+        implementation=implementation,
+    )
+
+
+def adamw4(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    nesterov: bool = False,
+    codecs: Codecs = "companded4",
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with 4-bit moments: ``compress(optax.adamw(...), "companded4")``.
+
+    1.125 bytes a parameter for both moments. :func:`adamw8` with other codecs;
+    arguments, returns and errors as there.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.adamw4().init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].nu.shape
+      (64, 32)
+
+      With a second moment of 8 bits:
+
+      >>> codecs = {"mu": "companded4", "nu": "companded8"}
+      >>> state = optax_flash.adamw4(codecs=codecs).init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].nu.shape
+      (64, 64)
+
+    References:
+      Li, Chen and Zhu, "Memory Efficient Optimizers with 4-bit States", arXiv
+      2309.01507.
+    """
+    return adamw8(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        weight_decay=weight_decay,
+        mask=mask,
+        nesterov=nesterov,
+        codecs=codecs,
+        implementation=implementation,
+    )
+
+
+def adam4(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    nesterov: bool = False,
+    codecs: Codecs = "companded4",
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with 4-bit moments: :func:`adam8` with other codecs.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.adam4().init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].mu.shape
+      (64, 32)
+    """
+    return adam8(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        nesterov=nesterov,
+        codecs=codecs,
+        implementation=implementation,
+    )
+
+
+def lion4(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    *,
+    weight_decay: Scalar = 1e-3,
+    mask: Mask = None,
+    codecs: Codecs = "companded4",
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion with a 4-bit momentum: :func:`lion8` with other codecs.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.lion4(1e-4).init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].mu.shape
+      (64, 32)
+    """
+    return lion8(
+        learning_rate,
+        b1,
+        b2,
+        weight_decay=weight_decay,
+        mask=mask,
+        codecs=codecs,
+        implementation=implementation,
+    )
+
+
+def sgd4(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    *,
+    codecs: Codecs = "companded4",
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with a 4-bit momentum: :func:`sgd8` with other codecs.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flash
+      >>> state = optax_flash.sgd4(0.1, momentum=0.9).init(jnp.ones((64, 64)))
+      >>> state.inner_state[0].trace.shape
+      (64, 32)
+    """
+    return sgd8(
+        learning_rate,
+        momentum,
+        nesterov,
+        codecs=codecs,
         implementation=implementation,
     )
 

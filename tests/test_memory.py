@@ -52,8 +52,12 @@ def nbytes(tree):
         (optax_flash.adamw8(1e-3), 5.13),
         (optax_flash.lion8(1e-4), 4.07),
         (optax_flash.sgd8(0.1, momentum=0.9), 4.07),
+        # Each moment 1 / 2 + 2 / 32.
+        (optax_flash.adamw4(1e-3), 4.13),
+        (optax_flash.lion4(1e-4), 3.57),
+        (optax_flash.sgd4(0.1, momentum=0.9), 3.57),
     ],
-    ids=["adamw8", "lion8", "sgd8"],
+    ids=["adamw8", "lion8", "sgd8", "adamw4", "lion4", "sgd4"],
 )
 def test_live_bytes_per_param(tx, state_bytes):
     state = live_state(tx)
@@ -63,7 +67,7 @@ def test_live_bytes_per_param(tx, state_bytes):
     small = sum(x.size for x in norms)
     assert small < 0.005 * params
     kept = nbytes(state.params) + nbytes(state.opt_state)
-    moments = 2 if state_bytes > 5 else 1
+    moments = len(optax.tree.get(state.opt_state, "scales"))
     in_float32 = small * (4 + 4 * moments)
     assert (kept - in_float32) / (params - small) <= state_bytes
     # With them, on the whole model, too.
@@ -83,6 +87,8 @@ def test_live_bytes_per_param(tx, state_bytes):
     [
         optax_flash.adamw8(1e-3),
         optax_flash.adamw8(1e-3, codecs="affine8"),
+        optax_flash.adamw4(1e-3),
+        optax_flash.lion4(1e-3, codecs="affine4"),
         optax.chain(optax.clip_by_global_norm(1.0), optax_flash.lion8(1e-3)),
         optax_flash.compress(optax.sgd(0.1, momentum=0.9), codecs={"*head*": None}),
         optax.adamw(1e-3),

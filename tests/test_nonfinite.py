@@ -20,6 +20,11 @@ def bad_fixture(request):
     return request.param
 
 
+@pytest.fixture(params=["companded8", "companded4"], name="codec")
+def codec_fixture(request):
+    return optax_flash.get_codec(request.param)
+
+
 def gradients(bad):
     grads = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
     broken = grads.copy()
@@ -27,11 +32,11 @@ def gradients(bad):
     return jnp.asarray(grads), jnp.asarray(broken)
 
 
-def test_a_bad_gradient_is_never_silent(bad):
+def test_a_bad_gradient_is_never_silent(bad, codec):
     """The update is not finite at once, and the group stays so: the loss will tell."""
     grads, broken = gradients(bad)
     params = jnp.ones_like(grads)
-    tx = optax_flash.adamw8(1e-3)
+    tx = optax_flash.adamw8(1e-3, codecs=codec)
     update = jax.jit(tx.update)
     updates, state = update(broken, tx.init(params), params)
     assert not np.isfinite(updates[3, 40])
@@ -42,10 +47,10 @@ def test_a_bad_gradient_is_never_silent(bad):
     np.testing.assert_array_equal(~np.isfinite(np.asarray(after)), group)
 
 
-def test_other_groups_do_not_notice(bad):
+def test_other_groups_do_not_notice(bad, codec):
     grads, broken = gradients(bad)
     params = jnp.ones_like(grads)
-    tx = optax_flash.adamw8(1e-3)
+    tx = optax_flash.adamw8(1e-3, codecs=codec)
     update = jax.jit(tx.update)
     _, state = update(broken, tx.init(params), params)
     _, healthy = update(grads, tx.init(params), params)
@@ -53,7 +58,9 @@ def test_other_groups_do_not_notice(bad):
     outside[3, GROUP : 2 * GROUP] = False
     for field in ("mu", "nu"):
         codes = [optax.tree.get(s, field) for s in (state, healthy)]
-        np.testing.assert_array_equal(*(np.asarray(c)[outside] for c in codes))
+        np.testing.assert_array_equal(
+            *(np.asarray(codec.unpack(c))[outside] for c in codes)
+        )
 
 
 @pytest.mark.parametrize(

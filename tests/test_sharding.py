@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "adamw8": lambda: optax_flash.adamw8(1e-3),
     "lion8": lambda: optax_flash.lion8(1e-3),
     "adamw8_24": lambda: optax_flash.master_weights(optax_flash.adamw8(1e-3)),
+    "adamw4_24": lambda: optax_flash.master_weights(optax_flash.adamw4(1e-3)),
     "adamw8_32": lambda: optax_flash.master_weights(optax_flash.adamw8(1e-3), 32),
 }
 COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute")

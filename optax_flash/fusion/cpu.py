@@ -265,7 +265,7 @@ def _codes(
 ) -> jax.Array:
     bits = _groups(hashing.for_field(bits, field), codec.group)
     codes = codec.codes(_groups(value, codec.group), scales, maxima, bits)
-    return codes.reshape(value.shape)
+    return codec.pack(codes).reshape(value.shape[0], -1)
 
 
 def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,7 +292,8 @@ def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:
         x = groups.split(x, per_unit * role.codec.scales_per_group)
         x = x.reshape(-1, role.codec.scales_per_group)
         return tuple(x[:, i] for i in range(role.codec.scales_per_group))
-    return groups.split(x, layout.lanes).reshape(-1, layout.lanes)
+    lanes = layout.lanes // (role.codec.codes_per_byte if role.codec else 1)
+    return groups.split(x, lanes).reshape(-1, lanes)
 
 
 def _from_tiles(

@@ -81,7 +81,10 @@ class Decode(Op):
         n = len(self.codecs)
         decoded = []
         for codec, codes, planes in zip(self.codecs, args[:n], args[n:], strict=True):
-            x = codec.decode_groups(tile.groups(codes, codec.group), planes)
+            codes = codec.unpack(
+                tile.groups(codes, codec.group // codec.codes_per_byte)
+            )
+            x = codec.decode_groups(codes, planes)
             decoded.append(x.reshape(tile.shape))
         return tuple(decoded)
 
@@ -118,7 +121,8 @@ class Encode(Op):
                 tile.groups(x.astype(jnp.float32), codec.group),
                 tile.groups(hashing.for_field(bits, i), codec.group),
             )
-            stored.append((codes.reshape(tile.shape), planes))
+            codes = codec.pack(codes)
+            stored.append((codes.reshape(tile.shape[0], -1), planes))
         codes, scales = zip(*stored, strict=True)
         return *codes, *scales
 

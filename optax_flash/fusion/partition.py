@@ -212,6 +212,8 @@ def _rule(programs: Programs) -> SdyShardingRule:
         last = f"leaf{leaf}_columns"
         if role.codec and role.kind == "scales":
             last = f"leaf{leaf}_scales{role.codec.group}"
+        elif role.codec and role.codec.codes_per_byte > 1:
+            last = f"leaf{leaf}_codes{role.codec.bits}"
         return ArrayMapping(*rows, last)
 
     pairs = list(enumerate(programs))

@@ -16,6 +16,7 @@ from optax_flash.fusion.ops import Tile
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Place, Shard, Where
 from optax_flash.fusion.tuning import Config
+from optax_flash.numerics.codecs import Codec
 
 
 class Leaf(NamedTuple):
@@ -142,7 +143,7 @@ def addresses(
         if role.codec and role.kind == "scales":
             planes = range(role.codec.scales_per_group)
             return tuple(layout.scales(role.codec, p, first, units) for p in planes)
-        return elements
+        return layout.codes(role.codec, first, units) if role.codec else elements
 
     place = Place(leaf.shard.place.shape, tuple(offsets) or None)
     return Addresses(
@@ -161,6 +162,8 @@ def tile_operands(program: Program, shape: tuple[int, int]) -> list[Any]:
             plane = (shape[0] * shape[1] // role.codec.group,)
             planes = role.codec.scales_per_group
             return (jax.ShapeDtypeStruct(plane, dtype),) * planes
+        if role.codec:
+            return jax.ShapeDtypeStruct(_codes_shape(role.codec, shape), dtype)
         return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
 
     return [
@@ -183,9 +186,7 @@ def computation(
         out = evaluate(program.jaxpr, Tile(shape, places, mask), args)
         rows = zip(program.outputs, program.jaxpr.outvars, out, strict=True)
         return [
-            x
-            if role.kind == "scales"
-            else jnp.broadcast_to(x, shape).astype(var.aval.dtype)
+            x if role.codec else jnp.broadcast_to(x, shape).astype(var.aval.dtype)
             for role, var, x in rows
         ]
 
@@ -213,6 +214,11 @@ def once_a_family(
         return known[program.family]
 
     return remembered
+
+
+def _codes_shape(codec: Codec, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of a tile's codes as they are stored."""
+    return shape[0], shape[1] // codec.codes_per_byte
 
 
 def _scalar(x: Any) -> jax.Array:

@@ -116,6 +116,14 @@ class Layout:
         mask = (column < self.columns) & (unit < self.units)
         return Where(row * self.columns + column, mask)
 
+    def codes(self, codec: Codec, first: Any, count: int) -> Where:
+        """The bytes that hold the codes of those units."""
+        n = codec.codes_per_byte
+        if n == 1:
+            return self.elements(first, count)
+        packed = Layout(codec.codes_shape(self.shape), self.lanes // n)
+        return packed.elements(first, count)
+
     def scales(self, codec: Codec, plane: int, first: Any, count: int) -> Where:
         """The scales of those units: ``(count * groups in a unit,)``."""
         n = self.lanes // codec.group

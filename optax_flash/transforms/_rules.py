@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.numerics.codecs import Codec, Companded8, get_codec
+from optax_flash.numerics.catalogue import get_codec
+from optax_flash.numerics.codecs import Codec
+from optax_flash.numerics.companded import Companded8
 from optax_flash.transforms import _mirror
 
 PyTree = Any

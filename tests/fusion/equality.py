@@ -35,7 +35,7 @@ OPTIMIZERS = {
 }
 STORAGE = {"float32": (jnp.float32, 24), "24": (jnp.bfloat16, 24)}
 STORAGE["32"] = (jnp.bfloat16, 32)
-CODECS = ("companded8", "flashoptim")
+CODECS = ("companded8", "flashoptim", "companded4")
 SHAPES = {
     "whole_groups": (40, 128),
     "ragged": (70, 100),

@@ -25,5 +25,5 @@ def test_interpreted_kernels_equal_xla(optimizer):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    # Three ways to store weights, two codecs.
-    assert run.stdout.count(": ") == 0 and run.stdout.count(" equal\n") == 6
+    # Three ways to store weights, three codecs.
+    assert run.stdout.count(": ") == 0 and run.stdout.count(" equal\n") == 9

@@ -61,11 +61,21 @@ def test_one_kernel_in_place(name, bits):
     assert 0 <= compiled.aliased - state_bytes(tx, matrix()) < 100
 
 
-@pytest.mark.parametrize("codecs", ["flashoptim", "affine8", {"mu": "affine8"}])
+EVERY_CODEC = [
+    *("flashoptim", "affine8", "companded4", "affine4"),
+    *({"mu": "affine8"}, {"mu": "companded4"}),
+    *(optax_flash.Companded4(unsigned_curve=x) for x in ("linear", "square", "log")),
+    *(optax_flash.Companded4(signed_curve=x) for x in ("linear", "log", "dynamic")),
+]
+
+
+@pytest.mark.parametrize("codecs", EVERY_CODEC, ids=str)
 def test_every_codec(codecs):
-    compiled = compile_step(finished(optax.adamw(1e-3), codecs=codecs), matrix())
+    tx = finished(optax.adamw(1e-3), codecs=codecs)
+    compiled = compile_step(tx, matrix())
     assert compiled.kernels == {"optax_flash": 1}
     assert compiled.temporaries < MEGABYTE
+    assert 0 <= compiled.aliased - state_bytes(tx, matrix()) < 100
 
 
 def test_float32_params_need_no_residual():
@@ -122,9 +132,10 @@ def test_ragged_rows():
         ((4, 2), (("fsdp", "tp"), None)),
     ],
 )
-def test_eight_gpus_exchange_nothing(devices, spec, kind):
+@pytest.mark.parametrize("codecs", ["companded8", "companded4"])
+def test_eight_gpus_exchange_nothing(devices, spec, kind, codecs):
     mesh = mesh_of(devices, ("fsdp", "tp"), kind)
-    tx = finished(optax.adamw(1e-3))
+    tx = finished(optax.adamw(1e-3), codecs=codecs)
     with jax.set_mesh(mesh):
         compiled = compile_step(tx, matrix(), mesh, spec)
     assert not compiled.collectives
@@ -236,7 +247,9 @@ compile_step(tx, params)
 
 
 @pytest.mark.parametrize("inner", ["adamw(1e-3)", "lion(1e-3)", "adan(1e-3)"])
-@pytest.mark.parametrize("codecs", ["companded8", "flashoptim", "affine8"])
+@pytest.mark.parametrize(
+    "codecs", ["companded8", "flashoptim", "affine8", "companded4", "affine4"]
+)
 def test_ptx_reads_and_writes_in_vectors(tmp_path, inner, codecs):
     ptx = _ptx(tmp_path, inner, codecs, (4096, 4096))
     assert ".local" not in ptx
@@ -252,8 +265,9 @@ def test_ptx_reads_and_writes_in_vectors(tmp_path, inner, codecs):
         assert len(narrow) <= 24, (kind, found)
 
 
-def test_ptx_of_ragged_rows_has_no_local_memory(tmp_path):
-    assert ".local" not in _ptx(tmp_path, "adamw(1e-3)", "companded8", (4096, 1000))
+@pytest.mark.parametrize("codecs", ["companded8", "companded4"])
+def test_ptx_of_ragged_rows_has_no_local_memory(tmp_path, codecs):
+    assert ".local" not in _ptx(tmp_path, "adamw(1e-3)", codecs, (4096, 1000))
 
 
 def _ptx(folder, inner, codecs, shape):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_flash import Affine8, Companded8, ExactResidual
+from optax_flash import Affine4, Affine8, Companded4, Companded8, ExactResidual
 from optax_flash.numerics import hashing
+from optax_flash.numerics.curves import CURVES
 
 STEPS = 4096
 
@@ -23,6 +24,18 @@ VALUES = {
     Companded8(signed=False): np.square(2 * CODES / 255),
     Affine8(signed=True): (CODES - 64) / 64,
     Affine8(signed=False): 2 * CODES / 254,
+    Affine4(signed=True): (CODES - 64) / 64,
+    # Nothing lies below the first code but the one that is zero.
+    Affine4(signed=False): np.linspace(1.1 / 14, 0.99, 31),
+    **{
+        Companded4(signed=True, signed_curve=curve): (CODES - 64) / 64
+        for curve in CURVES
+    },
+    **{
+        Companded4(signed=False, unsigned_curve=curve): np.linspace(0.07, 0.99, 31)
+        for curve in CURVES
+        if curve != "dynamic"
+    },
 }
 
 
