@@ -21,7 +21,7 @@ import workloads
 from workloads import Workload
 
 from .comparison import summarize
-from .conditions import LEARNING_RATES, Condition, absent, conditions
+from .conditions import LEARNING_RATES, Condition, conditions
 from .page import draw, markdown
 from .results import Results
 from .training import Trainer
@@ -82,7 +82,6 @@ def write(results: Results, command: str) -> None:
         "command": command,
         "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
         "jax": jax.__version__,
-        "absent": absent(),
         "summary": summarize(results.runs),
     }
     results.save()

@@ -24,7 +24,7 @@ import workloads
 from workloads import Workload
 
 import optax_flash
-from optax_flash import Codec, Companded8, FlashOptim8
+from optax_flash import Codec, Companded4, Companded8, FlashOptim8
 
 from .conditions import LEARNING_RATES
 
@@ -60,6 +60,7 @@ VARIANTS = {
     "default, rounded to nearest": Variant(Nearest8()),
     "default": Variant(Companded8()),
     "default, gradients / 1,000": Variant(Companded8(), 1e-3),
+    "4 bits": Variant(Companded4()),
 }
 
 
@@ -70,17 +71,17 @@ def signs(codec: Codec | None) -> optax.GradientTransformation:
     return optax_flash.lion8(1.0, weight_decay=0.0, codecs=codec)
 
 
-def momentum(state: optax.OptState, codec: Codec | None) -> PyTree:
+def momentum(state: optax.OptState, codec: Codec | None, params: PyTree) -> PyTree:
     """The momentum in float32."""
     mu = optax.tree.get(state, "mu")
     if codec is None:
         return mu
 
-    def decode(mu, scales):
+    def decode(mu, scales, param):
         is_coded = mu.dtype == jnp.uint8
-        return codec.decode(mu, scales, mu.shape) if is_coded else mu
+        return codec.decode(mu, scales, param.shape) if is_coded else mu
 
-    return jax.tree.map(decode, mu, state.scales["mu_scales"])
+    return jax.tree.map(decode, mu, state.scales["mu_scales"], params)
 
 
 def compare(
@@ -130,7 +131,7 @@ def compare(
         rate = schedule(at)
         right, shadow = signs(None).update(grads, reference["state"], params)
         moved = jax.tree.map(lambda d, u: d + rate * u, reference["moved"], right)
-        exact = momentum(shadow, None)
+        exact = momentum(shadow, None, params)
         power = per_leaf(lambda m: jnp.sum(m * m), exact)
         measured, new_coded = {}, {}
         for name, (codec, factor) in VARIANTS.items():
@@ -141,7 +142,7 @@ def compare(
             drift = jax.tree.map(
                 lambda d, a, b: d + rate * (a - b), old["drift"], ours, right
             )
-            m = momentum(own, codec)
+            m = momentum(own, codec, params)
             measured[name] = {
                 "flipped": per_leaf(jnp.sum, differs),
                 "again": per_leaf(lambda a, b: jnp.sum(a & b), differs, old["differs"]),

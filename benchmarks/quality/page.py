@@ -43,9 +43,6 @@ def markdown(content: Mapping[str, Any]) -> str:
     for workload in dict.fromkeys(row["workload"] for row in summary):
         rows = [row for row in summary if row["workload"] == workload]
         parts += [heading(workload, content["runs"]), table(rows)]
-    if content["absent"]:
-        lines = [f"- {name}: {why}" for name, why in content["absent"].items()]
-        parts.append("\n".join(["Absent:", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
