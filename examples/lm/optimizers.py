@@ -37,11 +37,15 @@ OPTIMIZERS = {
     "sgd": (plain(optax.sgd, momentum=0.9), 0.3),
     "rmsprop": (plain(optax.rmsprop, decay=0.95), 2e-3),
     "adafactor": (plain(optax.adafactor), 1e-2),
-    # The same, with their state in 8 bits.
+    # The same, with their state in 8 or 4 bits.
     "adamw8": (adamw(optax_flash.adamw8), 2e-3),
     "adam8": (plain(optax_flash.adam8, b2=0.95), 2e-3),
     "lion8": (lion(optax_flash.lion8), 1e-3),
     "sgd8": (plain(optax_flash.sgd8, momentum=0.9), 0.3),
+    "adamw4": (adamw(optax_flash.adamw4), 2e-3),
+    "adam4": (plain(optax_flash.adam4, b2=0.95), 2e-3),
+    "lion4": (lion(optax_flash.lion4), 1e-3),
+    "sgd4": (plain(optax_flash.sgd4, momentum=0.9), 0.3),
 }
 
 

@@ -109,7 +109,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
         place = Place(program.shape, tuple(offsets) or None)
         elements = layout.elements(0, layout.units)
         index = layout.places(place, 0, layout.units)
-        tile = Tile((layout.units, layout.lanes), index, elements.mask)
+        tile = Tile((layout.units, layout.lanes), index, elements.mask, packed=False)
         *out, start, salt = evaluate(before, tile, operands)
         out = [jnp.broadcast_to(x, tile.shape) for x in out]
         results, values = out[: len(plain)], out[len(plain) :]
@@ -121,7 +121,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
 
     closed = jax.make_jaxpr(run)(
         [jax.ShapeDtypeStruct((), jnp.int32)] * (len(program.shape) if offset else 0),
-        tile_operands(program, (layout.units, layout.lanes)),
+        tile_operands(program, (layout.units, layout.lanes), packed=False),
     )
     assert not closed.consts
     *outvars, bits = closed.jaxpr.outvars
@@ -265,7 +265,7 @@ def _codes(
 ) -> jax.Array:
     bits = _groups(hashing.for_field(bits, field), codec.group)
     codes = codec.codes(_groups(value, codec.group), scales, maxima, bits)
-    return codec.pack(codes).reshape(value.shape[0], -1)
+    return codes.reshape(value.shape)
 
 
 def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,8 +292,10 @@ def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:
         x = groups.split(x, per_unit * role.codec.scales_per_group)
         x = x.reshape(-1, role.codec.scales_per_group)
         return tuple(x[:, i] for i in range(role.codec.scales_per_group))
-    lanes = layout.lanes // (role.codec.codes_per_byte if role.codec else 1)
-    return groups.split(x, lanes).reshape(-1, lanes)
+    packed = _packed(role)
+    lanes = layout.lanes // (packed.codes_per_byte if packed else 1)
+    x = groups.split(x, lanes).reshape(-1, lanes)
+    return _uninlined(packed.unpack)(x) if packed else x
 
 
 def _from_tiles(
@@ -301,8 +303,16 @@ def _from_tiles(
 ) -> jax.Array:
     if role.codec and role.kind == "scales":
         x = jnp.stack(x, axis=-1)
+    elif packed := _packed(role):
+        x = _uninlined(packed.pack)(x)
     x = x.reshape(*shape[:-1], -1)
     return x if x.shape == shape else x[..., : shape[-1]]
+
+
+def _packed(role: Role) -> Codec | None:
+    """The codec of codes that share bytes; they are unpacked in phases of their own."""
+    several = role.kind == "codes" and role.codec and role.codec.codes_per_byte > 1
+    return role.codec if several else None
 
 
 def _groups(x: jax.Array, group: int) -> jax.Array:

@@ -29,11 +29,13 @@ class Tile:
       shape: ``(units, lanes)``.
       index: row-major place of each element in the whole leaf. # uint32
       mask: which elements are there at all; None where all are. # bool
+      packed: whether codes of 4 bits come two in a byte, as they are stored.
     """
 
     shape: tuple[int, int]
     index: jax.Array
     mask: jax.Array | None
+    packed: bool = True
     _drawn: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
 
     def bits(self, start: Any, salt: Any) -> Any:
@@ -81,10 +83,8 @@ class Decode(Op):
         n = len(self.codecs)
         decoded = []
         for codec, codes, planes in zip(self.codecs, args[:n], args[n:], strict=True):
-            codes = codec.unpack(
-                tile.groups(codes, codec.group // codec.codes_per_byte)
-            )
-            x = codec.decode_groups(codes, planes)
+            codes = codec.unpack(codes) if tile.packed else codes
+            x = codec.decode_groups(tile.groups(codes, codec.group), planes)
             decoded.append(x.reshape(tile.shape))
         return tuple(decoded)
 

@@ -154,7 +154,9 @@ def addresses(
     )
 
 
-def tile_operands(program: Program, shape: tuple[int, int]) -> list[Any]:
+def tile_operands(
+    program: Program, shape: tuple[int, int], packed: bool = True
+) -> list[Any]:
     """Shapes and dtypes of a program's operands on a tile; scales as planes."""
 
     def operand(role: Role, dtype: Any) -> Any:
@@ -162,7 +164,7 @@ def tile_operands(program: Program, shape: tuple[int, int]) -> list[Any]:
             plane = (shape[0] * shape[1] // role.codec.group,)
             planes = role.codec.scales_per_group
             return (jax.ShapeDtypeStruct(plane, dtype),) * planes
-        if role.codec:
+        if role.codec and packed:
             return jax.ShapeDtypeStruct(_codes_shape(role.codec, shape), dtype)
         return jax.ShapeDtypeStruct(() if role.kind == "scalar" else shape, dtype)
 

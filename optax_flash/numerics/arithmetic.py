@@ -38,6 +38,18 @@ def round_up_bf16(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def round_up_to_power(x: jax.Array) -> jax.Array:
+    """The smallest power of two that is no less than ``x >= 0``, as a bfloat16.
+
+    0 for 0, 2**-126 to 2**126 for others, NaN if not finite.
+    """
+    bits = lax.bitcast_convert_type(round_up_bf16(x), jnp.uint16)
+    exponent = (bits + np.uint16(0x7F)) & np.uint16(0x7F80)
+    bits = jnp.where(bits > np.uint16(0x7F80), bits, exponent)
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+@jax.jit
 def reciprocal(scale: jax.Array) -> jax.Array:
     """``1 / scale`` in float32, for bfloat16 scales: 0 or 2**-126 to 2**126.
 

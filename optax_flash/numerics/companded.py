@@ -18,19 +18,23 @@ from optax_flash.numerics.curves import CURVES, Curve
 class Companded8(Codec):
     r"""The default: companded 8-bit codes, rounded without bias.
 
-    With ``s`` the group's largest magnitude, rounded **up** to bfloat16, and ``k`` an
-    integer code:
+    With ``s`` the group's largest magnitude, rounded **up** to a bfloat16 or, for
+    second moments, to a power of two, and ``k`` an integer code:
 
     .. math::
-      \text{signed:}\quad |x| = s \frac{k}{254 - k},\; k \in 0..127
+      \text{signed:}\quad |x| = s \left(\frac{k}{127}\right)^2,\; k \in 0..127
       \qquad
-      \text{unsigned:}\quad x = \left(s \frac{k}{255}\right)^2,\; k \in 0..255
+      \text{unsigned:}\quad x = s \left(\frac{k}{255}\right)^2,\; k \in 0..255
 
-    (unsigned, ``s`` is the largest square root). The value lies between two codes and
-    takes the upper one with the probability that makes the *decoded* value right in
-    the mean. Rounding the scale up and dividing by what is stored means that nothing
-    clips and the scale adds no error. A positive unsigned value never takes code 0,
-    so that ``1 / sqrt(v)`` stays bounded beside an outlier.
+    The value lies between two codes and takes the upper one with the probability that
+    makes the *decoded* value right in the mean. Rounding the scale up and dividing by
+    what is stored means that nothing clips and the scale adds no error. A positive
+    unsigned value never takes code 0, so that ``1 / sqrt(v)`` stays bounded beside an
+    outlier.
+
+    A second moment moves by a thousandth in a step, its scale in bfloat16 by nearly a
+    hundredth, and whenever a scale moves, all codes of its group are rounded again:
+    that is more noise than the moment's own steps make. A power of two seldom moves.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,8 +47,9 @@ class Companded8(Codec):
       Array([1], dtype=bfloat16)
 
     References:
-      The curves are FlashOptim's (arXiv 2602.23349); rounding, scales and the guarded
-      zero differ.
+      The square-root curve of second moments is FlashOptim's (arXiv 2602.23349); the
+      signed one, rounding, scales and the guarded zero differ. docs/numerics.md has the
+      measurements behind them.
     """
 
     name: ClassVar[str] = "companded8"
@@ -54,10 +59,7 @@ class Companded8(Codec):
         return (arithmetic.magnitude_bits(x),)
 
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest = lax.bitcast_convert_type(maxima[0], jnp.float32)
-        return (
-            arithmetic.round_up_bf16(largest if self.signed else jnp.sqrt(largest)),
-        )
+        return (_scale(maxima[0], power_of_two=not self.signed),)
 
     def codes(
         self,
@@ -67,22 +69,15 @@ class Companded8(Codec):
         bits: jax.Array | None,
     ) -> jax.Array:
         del maxima
-        inverse = arithmetic.reciprocal(scales[0])[..., None]
-        noise = arithmetic.noise(bits)
-        if self.signed:
-            # y has the real-valued code t = 254 y / (1 + y) = 254 - 254 / w. With noise
-            # n, the value lies in the last n-th of the way between two values where
-            # t + n, less what the curve bends in between, reaches the upper code. The
-            # code is its floor, and that the nearest whole number to a half less.
-            w = 1.0 + jnp.abs(x) * inverse
-            bend = noise * (np.float32(1 / 254) - np.float32(1 / 254) * noise)
-            k = (253.5 - 254.0 / w) + (noise - bend * w)
-            return arithmetic.to_bytes(jnp.copysign(jnp.minimum(k, 127.25), x))
-        y = jnp.minimum(jnp.sqrt(x) * (255.0 * inverse), 255.0)
+        top = np.float32(127 if self.signed else 255)
+        share = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
+        y = jnp.minimum(top * jnp.sqrt(share), top)
         k = jnp.floor(y)
         # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
-        upper = (1.0 - noise) * (2.0 * k + 1.0) < (y - k) * (y + k)
+        upper = (1.0 - arithmetic.noise(bits)) * (2.0 * k + 1.0) < (y - k) * (y + k)
         k = jnp.where(upper, k + 1.0, k)
+        if self.signed:
+            return arithmetic.to_bytes(jnp.copysign(k, x))
         return arithmetic.to_bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
 
     def decode_groups(
@@ -91,32 +86,36 @@ class Companded8(Codec):
         s = scales[0].astype(jnp.float32)[..., None]
         if self.signed:
             k = arithmetic.from_signed_bytes(codes)
-            return s * (k / (254.0 - jnp.abs(k)))
-        return jnp.square(arithmetic.from_unsigned_bytes(codes) * (s * _BELOW_1_255TH))
+            return k * jnp.abs(k) * (s * _BELOW_1_127TH_SQUARED)
+        return jnp.square(arithmetic.from_unsigned_bytes(codes)) * (
+            s * _BELOW_1_255TH_SQUARED
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Companded4(Codec):
     r"""Companded 4-bit codes, two in a byte, rounded without bias.
 
-    With ``s`` the group's largest magnitude, rounded up to bfloat16, and :math:`c(k)` a
-    curve from 0 to 1:
+    With ``s`` the group's largest magnitude, rounded up, and :math:`c(k)` a curve from
+    0 to 1:
 
     .. math::
       \text{signed:}\quad |x| = s\, c(k),\; k \in 0..7
       \qquad
-      \text{unsigned:}\quad x = s^2\, c(k + 1),\; k \in 0..15
+      \text{unsigned:}\quad x = s\, c(k + 1),\; k \in 0..15
 
-    (unsigned, ``s`` is the largest square root). A signed code has the sign in its
-    upper bit. Values take one of the two codes around them with the probability that
-    makes the decoded value right in the mean. Unsigned codes have no zero: what is less
-    than the smallest becomes the smallest, and zero too, unless the group is all zeros.
-    With that ``1 / sqrt(v)`` stays bounded.
+    A signed code has the sign in its upper bit. Values take one of the two codes around
+    them with the probability that makes the decoded value right in the mean. Unsigned
+    codes have no zero: what is less than the smallest becomes the smallest, and zero
+    too, unless the group is all zeros. With that ``1 / sqrt(v)`` stays bounded.
+
+    ``"float"`` and ``"log"`` have powers of two as scales, under which the same values
+    return: no code is rounded again because a scale moved.
 
     Attributes:
-      signed_curve: of momenta: ``"linear"``, ``"square"``, ``"fourth"``,
-        ``"softsign"``, ``"log"`` (factors of the square root of 2) or ``"dynamic"``
-        (the map of arXiv 2309.01507).
+      signed_curve: of momenta, one of ``"linear"``, ``"square"``, ``"fourth"``,
+        ``"softsign"``, ``"log"`` (powers of the square root of 2), ``"float"`` (one
+        mantissa bit) and ``"dynamic"`` (the map of arXiv 2309.01507).
       unsigned_curve: of second moments: all of these but ``"dynamic"``.
 
     Example:
@@ -131,11 +130,12 @@ class Companded4(Codec):
 
     References:
       Li, Chen and Zhu, "Memory Efficient Optimizers with 4-bit States", arXiv
-      2309.01507: 4 bits, and second moments without a zero. Rounding and scales differ.
+      2309.01507: 4 bits, and second moments without a zero. Curves, rounding and scales
+      differ.
     """
 
-    signed_curve: str = "softsign"
-    unsigned_curve: str = "fourth"
+    signed_curve: str = "square"
+    unsigned_curve: str = "float"
 
     name: ClassVar[str] = "companded4"
     bits: ClassVar[int] = 4
@@ -154,9 +154,7 @@ class Companded4(Codec):
         return (arithmetic.magnitude_bits(x),)
 
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest = lax.bitcast_convert_type(maxima[0], jnp.float32)
-        largest = largest if self.signed else jnp.sqrt(largest)
-        return (arithmetic.round_up_bf16(largest),)
+        return (_scale(maxima[0], power_of_two=self._curve[0].lattice),)
 
     def codes(
         self,
@@ -167,8 +165,7 @@ class Companded4(Codec):
     ) -> jax.Array:
         del maxima
         curve, first, top = self._curve
-        inverse = arithmetic.reciprocal(scales[0])[..., None]
-        y = jnp.abs(x) * inverse if self.signed else x * inverse * inverse
+        y = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
         k = jnp.floor(curve.place(y, top))
         k = jnp.minimum(jnp.maximum(k, np.float32(first)), np.float32(top - 1))
         below, above = curve.value(k, top, 1.0), curve.value(k + 1.0, top, 1.0)
@@ -187,8 +184,7 @@ class Companded4(Codec):
         if self.signed:
             x = curve.value((codes & 7).astype(jnp.float32), top, s)
             return jnp.where(codes > 7, -x, x)
-        k = codes.astype(jnp.float32) + np.float32(first)
-        return curve.value(k, top, jnp.square(s * _BELOW_1))
+        return curve.value(codes.astype(jnp.float32) + np.float32(first), top, s)
 
     @property
     def _curve(self) -> tuple[Curve, int, int]:
@@ -203,8 +199,15 @@ _CURVES = {
     "unsigned_curve": tuple(name for name in CURVES if name != "dynamic"),
 }
 
-_BELOW_1 = np.nextafter(np.float32(1), np.float32(0))
-"""Keeps the square of the largest scale finite."""
 
-_BELOW_1_255TH = np.nextafter(np.float32(1 / 255), np.float32(0))
+def _scale(maximum: jax.Array, power_of_two: bool) -> jax.Array:
+    """A group's scale from the maximum of its magnitudes' bits."""
+    largest = lax.bitcast_convert_type(maximum, jnp.float32)
+    if power_of_two:
+        return arithmetic.round_up_to_power(largest)
+    return arithmetic.round_up_bf16(largest)
+
+
+_BELOW_1_127TH_SQUARED = np.nextafter(np.float32(1 / 127**2), np.float32(0))
+_BELOW_1_255TH_SQUARED = np.nextafter(np.float32(1 / 255**2), np.float32(0))
 """Rounded down, so that no code exceeds the scale: encoding again keeps the scale."""

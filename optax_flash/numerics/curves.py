@@ -1,4 +1,4 @@
-r"""Curves of 4-bit codes: which value a code stands for, as a share of the largest.
+"""Curves of 4-bit codes: which value a code stands for, as a share of the largest.
 
 A curve rises from place 0, which is 0, to place ``top``, which is 1. Signed codes use
 the places 0 to 7, unsigned ones 1 to 16, so that they have no zero.
@@ -8,11 +8,12 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Curve(abc.ABC):
@@ -23,7 +24,12 @@ class Curve(abc.ABC):
       >>> from optax_flash.numerics.curves import Power
       >>> Power(2).value(jnp.arange(0.0, 17.0, 4.0), 16, 1.0)
       Array([0.    , 0.0625, 0.25  , 0.5625, 1.    ], dtype=float32)
+
+    Attributes:
+      lattice: whether a value by a power of two is a value again, but for the range.
     """
+
+    lattice: ClassVar[bool] = False
 
     @abc.abstractmethod
     def value(self, place: jax.Array, top: int, scale: Any) -> jax.Array:
@@ -63,7 +69,7 @@ class Power(Curve):
 
 @dataclasses.dataclass(frozen=True)
 class Softsign(Curve):
-    r""":math:`k / (2\,top - k)`, the curve of 8-bit momenta."""
+    r""":math:`k / (2\,top - k)`."""
 
     def value(self, place: jax.Array, top: int, scale: Any) -> jax.Array:
         return scale * (place / (np.float32(2 * top) - place))
@@ -73,10 +79,36 @@ class Softsign(Curve):
 
 
 @dataclasses.dataclass(frozen=True)
+class Float(Curve):
+    r"""Floats of one mantissa bit: 1, 3/4, 1/2, 3/8, ...; 0 at place 0.
+
+    Neighbours are never further apart than a half of the larger. The values under all
+    scales are one lattice, so that a new scale moves nothing that is stored.
+    """
+
+    lattice = True
+
+    def value(self, place: jax.Array, top: int, scale: Any) -> jax.Array:
+        # A place is one in the only bit of the mantissa, counted from the bits of 1.
+        bits = (place.astype(jnp.int32) - top) * _HALF + _ONE
+        x = lax.bitcast_convert_type(bits, jnp.float32)
+        return scale * jnp.where(place < 0.5, 0.0, x)
+
+    def place(self, value: jax.Array, top: int) -> jax.Array:
+        bits = lax.bitcast_convert_type(value, jnp.int32) - _ONE
+        return ((bits >> 22) + top).astype(jnp.float32)
+
+
+_HALF, _ONE = np.int32(1 << 22), np.int32(127 << 23)
+
+
+@dataclasses.dataclass(frozen=True)
 class Log(Curve):
     r""":math:`2^{-octaves\,(top - k)}`; 0 at place 0."""
 
     octaves: float
+
+    lattice = True
 
     def value(self, place: jax.Array, top: int, scale: Any) -> jax.Array:
         power = jnp.exp2((place - np.float32(top)) * np.float32(self.octaves))
@@ -88,7 +120,7 @@ class Log(Curve):
 
 @dataclasses.dataclass(frozen=True)
 class Table(Curve):
-    """The value of each place, in words; ``top`` must be the last."""
+    """The value of each place, one by one; ``top`` must be the last."""
 
     values: tuple[float, ...]
 
@@ -123,6 +155,7 @@ CURVES: Mapping[str, Curve] = MappingProxyType(
         "fourth": Power(4),
         "softsign": Softsign(),
         "log": Log(0.5),
+        "float": Float(),
         "dynamic": Table(tuple(x / _DYNAMIC[-1] for x in _DYNAMIC)),
     }
 )

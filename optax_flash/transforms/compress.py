@@ -23,7 +23,7 @@ class CompressState(NamedTuple):
     Attributes:
       step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
       inner_state: the wrapped transformation's own state. In a compressed leaf's
-        place are its codes. # uint8, shape of the param (8-bit codecs)
+        place are its codes. # uint8, shape of the param; with 4 bits (*rows, n / 2)
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
         params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
         compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
@@ -41,7 +41,7 @@ def compress(
     *,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Stores the state of any transformation in 8-bit codes.
+    r"""Stores the state of any transformation in codes of 8 or 4 bits.
 
     Each update decodes the state, lets ``inner`` compute in float32, and encodes what
     it returns:
@@ -59,11 +59,11 @@ def compress(
     Args:
       inner: the transformation, for example ``optax.adamw(1e-3)``. It sees params and
         gradients in float32 where they come in half precision.
-      codecs: None for :class:`Companded8`; a codec or its name for all fields; or a
-        mapping. Its keys are field names (``"nu"``, also of fields that are not known)
-        or patterns of ``"param/path/field"`` with wildcards (``"*embed*"``,
-        ``"layers/0/*/mu"``); its values are codecs, names, or None for "leave it". The
-        first key that fits decides.
+      codecs: None for :class:`Companded8`; a codec or its name (``"companded4"`` for 4
+        bits) for all fields; or a mapping. Its keys are field names (``"nu"``, also of
+        fields that are not known) or patterns of ``"param/path/field"`` with wildcards
+        (``"*embed*"``, ``"layers/0/*/mu"``); its values are codecs, names, or None for
+        "leave it". The first key that fits decides.
       min_size: leaves with fewer elements are not compressed.
       implementation: ``"xla"``, ``"pallas"`` or ``"triton"`` runs every leaf so, or
         raises; None takes the best that fits, see :func:`optax_flash.explain`.
