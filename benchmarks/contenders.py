@@ -151,8 +151,10 @@ def transformation(
     return JaxContender(name, build, weights=weights, dtype=dtype)
 
 
-def ours(implementation: str | None, finished: bool) -> JaxContender:
-    """8-bit AdamW on bfloat16 params with an 8-bit residual.
+def ours(
+    implementation: str | None, finished: bool, name: str = "adamw8"
+) -> JaxContender:
+    """AdamW with a state in codes, on bfloat16 params with an 8-bit residual.
 
     None is the default implementation, which is chosen leaf by leaf.
     """
@@ -160,14 +162,15 @@ def ours(implementation: str | None, finished: bool) -> JaxContender:
     def make() -> optax.GradientTransformation:
         if implementation == "triton":
             require("jax_triton")
-        inner = optax_flash.adamw8(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        alias = getattr(optax_flash, name)
+        inner = alias(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         return optax_flash.master_weights(
             inner, finished=finished, implementation=implementation
         )
 
     kind = "finished" if finished else "additive"
-    name = f"adamw8, {kind}, {implementation or 'default'}"
-    return transformation(name, make, weights="bfloat16 + 8 bits")
+    title = f"{name}, {kind}, {implementation or 'default'}"
+    return transformation(title, make, weights="bfloat16 + 8 bits")
 
 
 def optax_float32() -> JaxContender:

@@ -59,17 +59,24 @@ SHARES = ("codes_differing", "scales_differing", "weights_off")
 
 
 def transformation(case: str, implementation: str) -> optax.GradientTransformation:
-    adamw8 = optax_flash.adamw8
+    codec = FOUR_BITS if "4 bits" in case else EIGHT_BITS
+    adamw = functools.partial(
+        optax_flash.adamw8, LEARNING_RATE, weight_decay=0.1, codecs=codec
+    )
     if case == "float32 params":
-        return adamw8(LEARNING_RATE, weight_decay=0.1, implementation=implementation)
+        return adamw(implementation=implementation)
     return optax_flash.master_weights(
-        adamw8(LEARNING_RATE, weight_decay=0.1),
-        finished=case == "bfloat16 params, finished",
-        implementation=implementation,
+        adamw(), finished="finished" in case, implementation=implementation
     )
 
 
-CASES = ("float32 params", "bfloat16 params, additive", "bfloat16 params, finished")
+EIGHT_BITS, FOUR_BITS = optax_flash.Companded8(), optax_flash.Companded4()
+CASES = (
+    "float32 params",
+    "bfloat16 params, additive",
+    "bfloat16 params, finished",
+    "bfloat16 params, finished, 4 bits",
+)
 
 
 def check(
@@ -84,6 +91,7 @@ def check(
       The figures of LIMITS, and ``"passed"``.
     """
     dtype = jnp.float32 if case == "float32 params" else jnp.bfloat16
+    codec = FOUR_BITS if "4 bits" in case else EIGHT_BITS
     step = stepper(transformation(case, implementation))
     init, reference_step = reference(case)
     params = sample(shapes, dtype, seed=0, spread=0.0)
@@ -98,7 +106,7 @@ def check(
         old = weights(params, state)
         params, state = reference_step(params, state, grads)
         step_figures = {
-            **compare_codes(got[1], state),
+            **compare_codes(got[1], state, codec),
             **compare_weights(weights(*got), weights(params, state), old),
         }
         for name, value in step_figures.items():
@@ -180,10 +188,10 @@ def compare_weights(
     }
 
 
-def compare_codes(got: PyTree, want: PyTree) -> dict[str, float]:
+def compare_codes(got: PyTree, want: PyTree, codec: Any) -> dict[str, float]:
     """How the codes and scales of two states of AdamW differ."""
     same, rescaled, scales = [], [], []
-    for field, kind in (("mu", np.int8), ("nu", np.uint8)):
+    for field in ("mu", "nu"):
         got_codes, want_codes = (optax.tree.get(x, field) for x in (got, want))
         got_scales, want_scales = (
             optax.tree.get(x, "scales")[f"{field}_scales"] for x in (got, want)
@@ -191,12 +199,20 @@ def compare_codes(got: PyTree, want: PyTree) -> dict[str, float]:
         for name, wanted in want_codes.items():
             if wanted.dtype != np.uint8:
                 continue  # too small a leaf for codes; its weights are compared
-            scale_steps = difference(got_scales[name], want_scales[name], np.int16)
-            code_steps = difference(got_codes[name], wanted, kind)
+            scale_steps = difference(
+                *(np.asarray(x[name]).view(np.int16) for x in (got_scales, want_scales))
+            )
+            code_steps = difference(
+                *(places(codec, field, x) for x in (got_codes[name], wanted))
+            )
             equal = np.repeat(scale_steps == 0, GROUP, axis=-1)
             equal = equal[..., : code_steps.shape[-1]]
             same.append(np.where(equal, code_steps, 0).ravel())
-            rescaled.append(np.where(equal, 0, code_steps).ravel())
+            if field == "mu":
+                rescaled.append(np.where(equal, 0, code_steps).ravel())
+            else:
+                # The next power of two is 2**7 bfloat16 on, and all codes are others.
+                scale_steps = scale_steps / 2**7
             scales.append(scale_steps.ravel())
     code, scale = np.concatenate(same), np.concatenate(scales)
     return {
@@ -208,9 +224,19 @@ def compare_codes(got: PyTree, want: PyTree) -> dict[str, float]:
     }
 
 
-def difference(got: jax.Array, want: jax.Array, kind: Any) -> np.ndarray:
-    """How many steps apart two arrays of codes or scales are, read as integers."""
-    a, b = (np.asarray(x).view(kind).astype(np.int32) for x in (got, want))
+def places(codec: Any, field: str, codes: jax.Array) -> np.ndarray:
+    """Codes as integers in the order of what they stand for."""
+    codes = np.asarray(codec.unpack(jnp.asarray(codes)))
+    if field == "nu":
+        return codes
+    if codec.bits == 8:
+        return codes.view(np.int8)
+    return np.where(codes > 7, -(codes & 7).astype(np.int8), codes.astype(np.int8))
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """How many steps apart two arrays of integers are."""
+    a, b = (x.astype(np.int32) for x in (got, want))
     # What rounds to zero but for its last bit may take the first code of either sign.
     about_zero = (a == -b) & (np.abs(a) == 1)
     return np.where(about_zero, 1, np.abs(a - b))

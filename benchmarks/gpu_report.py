@@ -70,6 +70,7 @@ def contenders(implementations: tuple[str, ...]) -> list[Any]:
     return [
         *[ours(*kind) for kind in kinds],
         ours(None, finished=True),
+        ours(None, finished=True, name="adamw4"),
         optax_float32(),
         optax_master_copy(),
         flashoptim_jax(fused=True),

@@ -1,4 +1,4 @@
-"""The code in docs/kernels.md runs as it stands, and prints what the page shows."""
+"""The code in docs runs as it stands, and prints what the page shows."""
 
 import doctest
 import pathlib
@@ -12,7 +12,7 @@ BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("page, count", [("kernels.md", 2)])
+@pytest.mark.parametrize("page, count", [("kernels.md", 2), ("numerics.md", 2)])
 def test_page_runs(page, count, capsys):
     text = (DOCS / page).read_text()
     blocks = BLOCK.findall(text)

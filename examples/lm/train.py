@@ -74,6 +74,9 @@ class TrainConfig:
     seed: int = option(0, "of the first weights and of the order of the data")
     eval_every: int = option(100, "steps between two validation losses")
     eval_batches: int = option(16, "batches of held-out windows, always the same ones")
+    report_every: int = option(
+        100, "steps between two looks at codes and at the size of steps; 0 for none"
+    )
     out: str | None = option(
         None,
         "folder for checkpoints, metrics.jsonl and summary.json; nothing is written if "
@@ -92,7 +95,8 @@ class TrainConfig:
 
 class Result(NamedTuple):
     state: TrainState
-    history: list[dict[str, Any]]  # a row a step: step, loss, at times val_loss
+    # A row a step: step, loss, and at times val_loss and numerics.
+    history: list[dict[str, Any]]
     summary: dict[str, Any]  # what summary.json holds
 
 
@@ -157,6 +161,13 @@ def eval_step(state, tokens):
     return loss_fn(weights(state), state.apply_fn, tokens)
 
 
+@jax.jit
+def report_step(state, tokens):
+    """How the state is stored, and what another step on these tokens would be."""
+    grads = jax.grad(loss_fn)(state.params, state.apply_fn, tokens)
+    return optax_flash.numerics_report(state.tx, state.opt_state, state.params, grads)
+
+
 def held_out_batches(source, config: TrainConfig) -> list:
     """The same held-out windows for every run, whatever its seed."""
     count = min(config.eval_batches, math.ceil(len(source) / config.batch_size))
@@ -209,13 +220,18 @@ def train(
             pending.append((step, loss))
             eval_now = step % config.eval_every == 0 or step == config.steps
             save_now = step % config.save_every == 0 or step == stop
-            if not (eval_now or save_now or step % LOG_EVERY == 0):
+            report_now = config.report_every and step % config.report_every == 0
+            if not (eval_now or save_now or report_now or step % LOG_EVERY == 0):
                 continue  # without waiting for the device
             rows = [{"step": at, "loss": float(loss)} for at, loss in pending]
             seconds += time.perf_counter() - clock
             if eval_now:
                 losses = [float(eval_step(state, tokens)) for tokens in held_out]
                 rows[-1]["val_loss"] = sum(losses) / len(losses)
+            if report_now:
+                report = report_step(state, data[step - 1])
+                report.warn()  # of leaves for which the learning rate is too small
+                rows[-1]["numerics"] = jax.tree.map(float, report)._asdict()
             history += rows
             if folder:
                 folder.log(rows)

@@ -62,6 +62,29 @@ def watch() -> Iterator[Watched]:
         _watched.reset(token)
 
 
+_dry: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "optax_flash_dry", default=False
+)
+
+
+@contextlib.contextmanager
+def dry() -> Iterator[None]:
+    """Updates inside are plain JAX and additive: XLA drops what nobody reads.
+
+    For a look at the updates, with neither the cost nor the memory of a new state.
+    """
+    token = _dry.set(True)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
+
+
+def is_dry() -> bool:
+    """Whether an update is only to be looked at."""
+    return _dry.get()
+
+
 def check_implementation(implementation: str | None) -> None:
     """Raises a ValueError where no such implementation is known."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -117,6 +140,9 @@ def run(
         if implementation is not None:
             trace.implementations.add(implementation)
         return update(trace.start, updates, state, params)
+    if is_dry():
+        start = hashing.start(optax.safe_increment(state.step))
+        return update(start, updates, state, params)
 
     trace = _Trace({implementation} if implementation else set())
     structure = []

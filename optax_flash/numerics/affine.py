@@ -70,6 +70,10 @@ class _Affine(Codec):
         step, zero = (s.astype(jnp.float32)[..., None] for s in scales)
         return step * (arithmetic.from_unsigned_bytes(codes) - zero)
 
+    def outermost(self, codes: jax.Array) -> jax.Array:
+        top = codes == self._top
+        return top | (codes == 0) if self.signed else top
+
     @property
     def _top(self) -> int:
         return 2**self.bits - 1

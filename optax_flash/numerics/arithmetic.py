@@ -81,3 +81,10 @@ def from_signed_bytes(codes: jax.Array) -> jax.Array:
 
 def from_unsigned_bytes(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.int32).astype(jnp.float32)
+
+
+def is_outermost_byte(codes: jax.Array, signed: bool) -> jax.Array:
+    """Which codes are the largest of either sign."""
+    if signed:
+        return jnp.abs(from_signed_bytes(codes)) == 127
+    return codes == 255

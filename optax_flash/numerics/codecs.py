@@ -141,6 +141,24 @@ class Codec(abc.ABC):
     ) -> jax.Array:
         """The inverse of :meth:`encode_groups`, float32."""
 
+    @abc.abstractmethod
+    def outermost(self, codes: jax.Array) -> jax.Array:
+        """Which codes, not packed, are the largest of either sign; bool."""
+
+    def saturated(self, codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Which elements have an outermost code.
+
+        Args:
+          codes: of an array of ``shape``, as they are stored.
+          shape: the array's.
+
+        Returns:
+          bool of ``shape``.
+        """
+        *_, n = shape or (1,)
+        unpacked = self.unpack(jnp.atleast_1d(codes))[..., :n]
+        return self.outermost(unpacked).reshape(shape)
+
     @property
     def codes_per_byte(self) -> int:
         return 8 // self.bits

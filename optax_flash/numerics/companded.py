@@ -24,7 +24,7 @@ class Companded8(Codec):
     .. math::
       \text{signed:}\quad |x| = s \left(\frac{k}{127}\right)^2,\; k \in 0..127
       \qquad
-      \text{unsigned:}\quad x = s \left(\frac{k}{255}\right)^2,\; k \in 0..255
+      \text{unsigned:}\quad x = s \left(\frac{k}{255}\right)^4,\; k \in 0..255
 
     The value lies between two codes and takes the upper one with the probability that
     makes the *decoded* value right in the mean. Rounding the scale up and dividing by
@@ -42,13 +42,13 @@ class Companded8(Codec):
       >>> codec = Companded8(signed=False)
       >>> codes, scales = codec.encode(jnp.array([1.0, 0.25, 1e-9, 0.0]))
       >>> codes
-      Array([255, 127,   1,   0], dtype=uint8)
+      Array([255, 180,   1,   0], dtype=uint8)
       >>> scales
       Array([1], dtype=bfloat16)
 
     References:
-      The square-root curve of second moments is FlashOptim's (arXiv 2602.23349); the
-      signed one, rounding, scales and the guarded zero differ. docs/numerics.md has the
+      A scale for 32 neighbours and companding are FlashOptim's (arXiv 2602.23349);
+      curves, rounding, scales and the guarded zero are not. docs/numerics.md has the
       measurements behind them.
     """
 
@@ -69,15 +69,21 @@ class Companded8(Codec):
         bits: jax.Array | None,
     ) -> jax.Array:
         del maxima
-        top = np.float32(127 if self.signed else 255)
         share = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
-        y = jnp.minimum(top * jnp.sqrt(share), top)
-        k = jnp.floor(y)
-        # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
-        upper = (1.0 - arithmetic.noise(bits)) * (2.0 * k + 1.0) < (y - k) * (y + k)
-        k = jnp.where(upper, k + 1.0, k)
+        threshold = 1.0 - arithmetic.noise(bits)
         if self.signed:
-            return arithmetic.to_bytes(jnp.copysign(k, x))
+            y = jnp.minimum(127.0 * jnp.sqrt(share), 127.0)
+            k = jnp.floor(y)
+            # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
+            upper = threshold * (2.0 * k + 1.0) < (y - k) * (y + k)
+            return arithmetic.to_bytes(jnp.copysign(jnp.where(upper, k + 1.0, k), x))
+        y = jnp.minimum(255.0**2 * jnp.sqrt(share), 255.0**2)
+        k = jnp.floor(jnp.sqrt(y))
+        square = k * k
+        # The same for the fourth powers of k and of the root of y.
+        gap = (2.0 * k + 1.0) * (square + (square + (2.0 * k + 1.0)))
+        upper = threshold * gap < (y - square) * (y + square)
+        k = jnp.where(upper, k + 1.0, k)
         return arithmetic.to_bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
 
     def decode_groups(
@@ -87,9 +93,11 @@ class Companded8(Codec):
         if self.signed:
             k = arithmetic.from_signed_bytes(codes)
             return k * jnp.abs(k) * (s * _BELOW_1_127TH_SQUARED)
-        return jnp.square(arithmetic.from_unsigned_bytes(codes)) * (
-            s * _BELOW_1_255TH_SQUARED
-        )
+        share = arithmetic.from_unsigned_bytes(codes) * _BELOW_1_255TH
+        return jnp.square(jnp.square(share)) * s
+
+    def outermost(self, codes: jax.Array) -> jax.Array:
+        return arithmetic.is_outermost_byte(codes, self.signed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +194,9 @@ class Companded4(Codec):
             return jnp.where(codes > 7, -x, x)
         return curve.value(codes.astype(jnp.float32) + np.float32(first), top, s)
 
+    def outermost(self, codes: jax.Array) -> jax.Array:
+        return (codes & 7) == 7 if self.signed else codes == 15
+
     @property
     def _curve(self) -> tuple[Curve, int, int]:
         """The curve, and its first and last places."""
@@ -209,5 +220,5 @@ def _scale(maximum: jax.Array, power_of_two: bool) -> jax.Array:
 
 
 _BELOW_1_127TH_SQUARED = np.nextafter(np.float32(1 / 127**2), np.float32(0))
-_BELOW_1_255TH_SQUARED = np.nextafter(np.float32(1 / 255**2), np.float32(0))
+_BELOW_1_255TH = np.nextafter(np.float32(1 / 255), np.float32(0))
 """Rounded down, so that no code exceeds the scale: encoding again keeps the scale."""

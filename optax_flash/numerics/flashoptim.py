@@ -88,3 +88,6 @@ class FlashOptim8(Codec):
             return k / (254.0 - jnp.abs(k)) * s
         k = arithmetic.from_unsigned_bytes(codes)
         return jnp.square(k) * (jnp.square(s) * np.float32(1 / 255**2))
+
+    def outermost(self, codes: jax.Array) -> jax.Array:
+        return arithmetic.is_outermost_byte(codes, self.signed)

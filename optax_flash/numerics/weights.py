@@ -87,6 +87,14 @@ class ResidualCodec(abc.ABC):
     def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
         """The float32 weight that param and residual stand for."""
 
+    @abc.abstractmethod
+    def half_code(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        """Half the distance between neighbouring weights, see :func:`half_code`."""
+
+    @abc.abstractmethod
+    def is_stochastic(self, dtype: DTypeLike) -> bool:
+        """Whether weights with params of ``dtype`` are rounded stochastically."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactResidual(ResidualCodec):
@@ -154,6 +162,15 @@ class ExactResidual(ResidualCodec):
         # Past zero, which only a saturated residual can reach, the sign turns.
         negative = negative ^ (count < 0)
         return _from_count(negative, jnp.abs(count), param.dtype)
+
+    def half_code(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        # Half a unit in the last place of a float32 is 2**-24 of its power of two.
+        dropped = self._dropped(_MISSING_BITS[param.dtype])
+        power = _power_of_two(self.join(param, residual), param.dtype)
+        return power * np.float32(2.0 ** (dropped - 24))
+
+    def is_stochastic(self, dtype: DTypeLike) -> bool:
+        return self._dropped(_MISSING_BITS[np.dtype(dtype)]) > 0
 
     def _dropped(self, missing: int) -> int:
         """How many of the missing mantissa bits the residual has no room for."""
@@ -236,6 +253,14 @@ class FlashOptimResidual(ResidualCodec):
         distance = fraction * _exp2(half) * _exp2(log2 - half)
         return param.astype(jnp.float32) + distance
 
+    def half_code(self, param: jax.Array, residual: jax.Array) -> jax.Array:
+        del residual
+        return half_code(param) / (2 * self._levels)
+
+    def is_stochastic(self, dtype: DTypeLike) -> bool:
+        del dtype
+        return False
+
 
 RESIDUAL_CODECS: Mapping[str, type[ResidualCodec]] = MappingProxyType(
     {codec.name: codec for codec in (ExactResidual, FlashOptimResidual)}
@@ -266,6 +291,26 @@ def codec_of(residual: jax.Array) -> ResidualCodec:
         f"No residual codec stores {residual.dtype}. Pass the state of master_weights "
         "as it came from init or update."
     )
+
+
+def half_code(param: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    """Half the distance between neighbouring weights as they are stored.
+
+    Where weights are rounded to nearest, a smaller step does not change the weight.
+    (From a power of two towards zero, half of that is enough.)
+
+    Args:
+      param: floating, any shape.
+      residual: the param's; None where it has none, which makes this half a unit in
+        its last place.
+
+    Returns:
+      float32 of the param's shape.
+    """
+    if residual is not None:
+        return codec_of(residual).half_code(param, residual)
+    eps = jnp.finfo(param.dtype).eps
+    return _power_of_two(param, param.dtype) * np.float32(eps / 2)
 
 
 def round_to(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -340,6 +385,13 @@ def _param_from_count(
 ) -> jax.Array:
     sign = jnp.where(negative, np.int32(0x8000), np.int32(0))
     return lax.bitcast_convert_type((count | sign).astype(jnp.uint16), np.dtype(dtype))
+
+
+def _power_of_two(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The largest power of two up to ``|x|``, or the smallest normal of ``dtype``."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    power = lax.bitcast_convert_type(bits & np.int32(0x7F800000), jnp.float32)
+    return jnp.maximum(power, np.float32(jnp.finfo(dtype).smallest_normal))
 
 
 def _log2_half_ulp(param: jax.Array) -> jax.Array:

@@ -58,6 +58,16 @@ def split_state(
     return [part(path, node) for path, node in nodes], treedef.unflatten
 
 
+def entries(tree: PyTree, params: PyTree) -> list[Any]:
+    """What a tree that mirrors the params has in the place of each of them."""
+    found = _entries(tree, params)
+    if found is None:
+        raise ValueError(
+            f"{jax.tree.structure(tree)} does not mirror {jax.tree.structure(params)}."
+        )
+    return found[0]
+
+
 def leaf_paths(tree: PyTree) -> list[str]:
     """The path of every leaf, such as ``"decoder/layer_0/kernel"``."""
     return [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

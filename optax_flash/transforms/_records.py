@@ -2,13 +2,17 @@
 
 Codecs are configuration of a transformation, not part of its state. ``collect`` makes
 every ``init`` that runs inside it, however deeply wrapped, say how it stores each leaf;
-``uncompressed`` makes it return the state that optax alone would have.
+``uncompressed`` makes it return the state that optax alone would have, ``configured``
+the state with its configuration beside it.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import jax
 
 
 class Record(NamedTuple):
@@ -75,3 +79,35 @@ def uncompressed() -> Iterator[None]:
 def is_uncompressed() -> bool:
     """Whether the wrapped transformation's own state is asked for."""
     return _uncompressed.get()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Configured:
+    """A transformation's state, and what it does not say about its storage.
+
+    A pytree node that wrappers carry along, so it stands where the state would.
+    """
+
+    state: Any
+    config: Any = dataclasses.field(metadata={"static": True})
+
+
+_configured: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "optax_flash_configured", default=False
+)
+
+
+@contextlib.contextmanager
+def configured() -> Iterator[None]:
+    """Makes inits return their state as :class:`Configured`."""
+    token = _configured.set(True)
+    try:
+        yield
+    finally:
+        _configured.reset(token)
+
+
+def with_config(state: Any, config: Hashable) -> Any:
+    """The state of an init, configured where that is asked for."""
+    return Configured(state, config) if _configured.get() else state

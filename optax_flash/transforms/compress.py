@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +106,7 @@ def compress(
             return inner.init(jax.tree.map(_init.like_float32, params))
         if _records.active():
             _record(rules, inner, params)
-        return init_arrays(params)
+        return _records.with_config(init_arrays(params), rules)
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
@@ -149,6 +150,47 @@ def compress(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class InCodes(NamedTuple):
+    """A leaf of a state that is stored in codes.
+
+    Attributes:
+      name: the param's path and the field, such as ``"decoder/kernel/mu"``.
+      shape: of the array that the codes stand for.
+      codec: the codec.
+      codes: what the state holds in the array's place.
+      scales: theirs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: Codec
+    codes: jax.Array
+    scales: jax.Array
+
+
+def in_codes(rules: Rules, state: CompressState, params: PyTree) -> Iterator[InCodes]:
+    """The leaves of a state that are in codes.
+
+    Args:
+      rules: of the transformation that the state is of.
+      state: may lack params that were masked.
+      params: anything that has their paths and shapes, such as gradients.
+
+    Raises:
+      ValueError: the state is not of these rules or params.
+    """
+    parts, _ = _checked_parts(rules, state, params)
+    paths = _mirror.leaf_paths(params)
+    shapes = [p.shape for p in jax.tree.leaves(params)]
+    for field in rules.fields(parts):
+        scales = _mirror.entries(state.scales[field.key], params)
+        rows = zip(paths, shapes, parts[field.part].entries, scales, strict=True)
+        for path, shape, x, scale in rows:
+            codec = _codec_of_state(rules, field, path, shape, x, scale)
+            if codec is not None:
+                yield InCodes(f"{path}/{field.name}", shape, codec, x, scale)
 
 
 def _codecs_at_init(

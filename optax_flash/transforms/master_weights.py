@@ -139,6 +139,7 @@ def master_weights(
             )
         _mirror.check_mirrors(params, updates, "master_weights: the gradients")
         _check_state(residual_codec, state, params)
+        emit_params = finished and not run.is_dry()
         paths = _mirror.leaf_paths(params)
         structure = jax.tree.structure(params)
 
@@ -155,7 +156,7 @@ def master_weights(
                 **extra_args,
             )
             stepped = [
-                _step_leaf(residual_codec, finished, start, *row)
+                _step_leaf(residual_codec, emit_params, start, *row)
                 for row in zip(
                     paths,
                     structure.flatten_up_to(params),
@@ -180,9 +181,9 @@ def master_weights(
             params,
             implementation=implementation,
             names=paths,
-            in_place_of="params" if finished else "updates",
+            in_place_of="params" if emit_params else "updates",
         )
-        if finished:
+        if emit_params:
             leaves = structure.flatten_up_to(new_updates)
             new_updates = structure.unflatten(
                 [FinishedParam(*x) for x in zip(leaves, paths, strict=True)]

@@ -190,6 +190,44 @@ def test_weights_are_stored_as_asked(config, options, dtype, residual):
     assert held == pytest.approx(residual, rel=0.01)
 
 
+def test_numerics_are_logged(config, tmp_path):
+    out = str(tmp_path)
+    config = dataclasses.replace(config, steps=4, warmup=0, report_every=2, out=out)
+    state, history, _ = train.train(config, TEXTS)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert [row["step"] for row in history if "numerics" in row] == [2, 4]
+    numerics = history[-1]["numerics"]
+    assert set(numerics) == set(optax_flash.NumericsReport._fields)
+    split = {path for path, p in flat(state.params) if p.dtype == "bfloat16"}
+    whole = {path for path, p in flat(state.params) if p.dtype == "float32"}
+    assert set(numerics["noisy"]) == split and set(numerics["lost"]) == whole
+    compressed = {path for path, p in flat(state.params) if p.size >= 4096}
+    assert set(numerics["zero"]) == {
+        f"{p}/{m}" for p in compressed for m in ("mu", "nu")
+    }
+    assert set(numerics["non_finite"].values()) == {0.0}
+    # The schedule is at a tenth of its peak; Adam's steps are about the learning rate.
+    assert all(1e-5 < rms < 1e-3 for rms in numerics["update_rms"].values())
+
+
+def test_a_learning_rate_that_is_too_small_is_named(config):
+    config = dataclasses.replace(config, steps=2, warmup=0, report_every=2)
+    with pytest.warns(UserWarning) as warned:
+        train.train(dataclasses.replace(config, learning_rate=1e-8), TEXTS)
+    messages = [str(warning.message) for warning in warned]
+    assert all("the learning rate is small" in message for message in messages)
+    assert any(message.startswith("'block_0/") for message in messages)
+
+
+def flat(params):
+    """Params with their paths."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), p)
+        for path, p in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
 # --- interruption
 
 RESUME = """

@@ -3,6 +3,7 @@
 Compiled, not run: needs ``jax[cuda13]`` but no GPU, see ``make test-cuda``.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -172,6 +173,16 @@ def test_small_leaves_share_kernels():
     # Two families, of leaves in codes and of others: 50 and 20 leaves.
     assert compiled.kernels == {"optax_flash": 4 + 2}
     assert compiled.temporaries < MEGABYTE
+
+
+def test_a_numerics_report_holds_one_leaf_in_float32():
+    tx = finished(optax.adamw(1e-3))
+    params = {name: matrix()["kernel"] for name in "abcd"}
+    args = sharded_like((jax.eval_shape(tx.init, params), params, params), mesh_of())
+    look = jax.jit(functools.partial(optax_flash.numerics_report, tx))
+    compiled = inspect(look, *args)
+    assert compiled.kernels["optax_flash"] == 0
+    assert compiled.temporaries < 4 * 4096 * 4096 + MEGABYTE
 
 
 def test_leaves_beyond_32_bits_are_left_to_xla():

@@ -151,7 +151,7 @@ def grid(codec, scales):
         return scales[..., None] * k * np.abs(k) / 127**2
     if isinstance(codec, FlashOptim8):
         return np.square(scales[..., None] * np.arange(256) / 255)
-    return scales[..., None] * np.square(np.arange(256) / 255)
+    return scales[..., None] * (np.arange(256) / 255) ** 4
 
 
 def gaps(codec, x, scales):

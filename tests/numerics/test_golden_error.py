@@ -34,6 +34,9 @@ TABLE = [
     (Companded8(signed=True, group=128), "normal", 4.5814e-05, 9.1991e-05),
     (Companded8(signed=True, group=128), "heavy tails", 6.2861e-05, 0.00012827),
     (Companded8(signed=True, group=128), "rows of many sizes", 4.5946e-05, 9.1697e-05),
+    (Companded4(signed=True, group=32), "normal", 0.011643, 0.023274),
+    (Companded4(signed=True, group=32), "heavy tails", 0.010145, 0.021127),
+    (Companded4(signed=True, group=32), "rows of many sizes", 0.011642, 0.023311),
     (FlashOptim8(signed=True, group=32), "normal", 2.5223e-05, 2.5223e-05),
     (FlashOptim8(signed=True, group=32), "heavy tails", 3.4724e-05, 3.4724e-05),
     (FlashOptim8(signed=True, group=32), "rows of many sizes", 2.5204e-05, 2.5204e-05),
@@ -49,6 +52,8 @@ TABLE = [
     (Companded8(signed=False, group=64), "heavy squares", 1.1671e-05, 2.4121e-05),
     (Companded8(signed=False, group=128), "squares", 1.9602e-05, 3.9126e-05),
     (Companded8(signed=False, group=128), "heavy squares", 1.4299e-05, 2.9241e-05),
+    (Companded4(signed=False, group=32), "squares", 0.010669, 0.021724),
+    (Companded4(signed=False, group=32), "heavy squares", 0.012283, 0.023884),
     (FlashOptim8(signed=False, group=32), "squares", 8.5506e-06, 8.5506e-06),
     (FlashOptim8(signed=False, group=32), "heavy squares", 2.7765e-06, 2.7765e-06),
     (Affine8(signed=False, group=32), "squares", 2.6629e-05, 4.0464e-05),
@@ -84,6 +89,7 @@ if __name__ == "__main__":
     for signed in (True, False):
         for codec in [
             *(Companded8(signed=signed, group=group) for group in (32, 64, 128)),
+            Companded4(signed=signed),
             FlashOptim8(signed=signed),
             *(Affine8(signed=signed, group=group) for group in (32, 128)),
         ]:

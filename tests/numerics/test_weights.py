@@ -239,6 +239,37 @@ def test_published_residual_is_half_a_code_off_at_most(dtype, bits, levels):
     assert np.all(np.abs(joined - weight) <= half_step / levels / 2 + rounding)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "codec", [EXACT_24, EXACT_32, FlashOptimResidual()], ids=["24", "32", "published"]
+)
+def test_half_a_code_is_where_steps_begin_to_count(codec, dtype):
+    low, high = (-14, 14) if dtype == np.float16 else (-60, 60)
+    pieces = split(codec, dtype, random_weights(low, high, 2**16))
+    weight = np.asarray(join(codec, *pieces))
+    half = np.asarray(jax.jit(weights.half_code)(*pieces))
+    # Powers of two have neighbours at two distances.
+    weight, half = (x[np.frexp(np.abs(weight))[0] != 0.5] for x in (weight, half))
+    for share, stays in [(0.9, True), (1.1, False), (-0.9, True), (-1.1, False)]:
+        stepped = weight + np.float32(share) * half
+        found = join(codec, *split(codec, dtype, stepped))
+        right = (found == weight) == stays
+        # A published code may leave its param's range, where codes differ in size.
+        assert np.all(right) if codec.name == "exact" else np.mean(right) > 0.999
+    assert codec.is_stochastic(dtype) == (codec == EXACT_24)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float32])
+def test_half_a_code_without_a_residual_is_half_an_ulp(dtype):
+    weight = random_weights(-20, 14, 2**16).astype(dtype)
+    half = np.asarray(jax.jit(weights.half_code)(weight), np.float64)
+    weight = np.asarray(weight, np.float64)
+    is_power = np.frexp(np.abs(weight))[0] == 0.5
+    for share, stays in [(0.9, True), (1.1, False), (-0.9, True), (-1.1, False)]:
+        found = (weight + share * half).astype(dtype).astype(np.float64)
+        assert np.all(((found == weight) == stays) | is_power)
+
+
 def test_a_residual_tells_its_codec():
     for kind in (ExactResidual, FlashOptimResidual):
         for bits in (24, 32):
