@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	quality fashion-mnist clean
+	quality lion fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -38,6 +38,10 @@ gpu-report: .venv/examples ## correctness and speed on one GPU, beside other opt
 
 quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
+
+lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and decay
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
 
 fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 

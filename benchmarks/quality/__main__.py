@@ -27,7 +27,7 @@ from .results import Results
 from .training import Trainer
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
-STEPS = {"gpt": 800, "image": 800}
+STEPS = {"gpt": 800, "image": 1200}
 WORKLOADS = {"gpt": workloads.gpt, "image": workloads.image}
 
 

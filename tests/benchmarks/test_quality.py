@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import workloads
-from quality import lion_decay
+from quality import lion_decay, lion_signs
 from quality.__main__ import main, study, write
 from quality.comparison import difference, summarize
 from quality.conditions import conditions
@@ -330,3 +330,19 @@ def test_lions_weight_decay_survives_the_rounding_of_weights():
     # The published rounding loses it.
     lost = lion_decay.surviving("equal", "flashoptim", 1e-4, 0.01, steps=200)
     assert lost == pytest.approx(0.0, abs=0.05)
+
+
+def test_a_momentum_that_underflows_flips_signs(monkeypatch):
+    variants = {
+        "published": lion_signs.Variant(lion_signs.FlashOptim8(), 1e-8),
+        "default": lion_signs.Variant(lion_signs.Companded8(), 1e-8),
+    }
+    monkeypatch.setattr(lion_signs, "VARIANTS", variants)
+    with little_compilation():
+        found = lion_signs.compare(tiny_gpt(), 1e-3, steps=6, seed=0)
+    lost, kept = found["published"]["all"], found["default"]["all"]
+    assert lost["zero"][-1] == 1 and lost["momentum"][-1] == 0
+    assert kept["momentum"][-1] == pytest.approx(1, abs=0.02)
+    assert kept["flipped"][-1] < 0.02 < lost["flipped"][-1]
+    assert kept["drift"] < lost["drift"]
+    assert set(found["default"]) == {"all", "embedding", "mlp", "head"}
