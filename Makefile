@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	quality lion fashion-mnist clean
+	codec-lab quality lion fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -35,6 +35,9 @@ bench-cpu: .venv/examples ## step time on a CPU against optax
 
 gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
 	$(BIN)/python benchmarks/gpu_report.py
+
+codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
+	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
 
 quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
