@@ -66,6 +66,7 @@ def conditions() -> list[Condition]:
         *_family("adamw", _adamw, optax.adamw, optax_flash.adamw8, optax_flash.adamw4),
         Condition("adamw", "float32, nudged", _adamw(optax.adamw), nudged=True),
         Condition("adamw", "bfloat16", naive, jnp.bfloat16),
+        *(_mixed(*bits) for bits in ((4, 8), (8, 4))),
         *_family("lion", _lion, optax.lion, optax_flash.lion8, optax_flash.lion4),
         *_family("sgd", _sgd, optax.sgd, optax_flash.sgd8, optax_flash.sgd4),
     ]
@@ -87,6 +88,15 @@ def _family(
         Condition(optimizer, "8 bits", settings(eight), bfloat16, "exact"),
         Condition(optimizer, "4 bits", settings(four), bfloat16, "exact"),
     ]
+
+
+def _mixed(mu: int, nu: int) -> Condition:
+    """AdamW whose moments have different codes."""
+    codecs = {"mu": f"companded{mu}", "nu": f"companded{nu}"}
+    make = _adamw(optax_flash.adamw8, codecs=codecs)
+    return Condition(
+        "adamw", f"{mu} bits for m, {nu} for v", make, jnp.bfloat16, "exact"
+    )
 
 
 def _matrices(params: optax.Params) -> Any:
