@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
-.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report clean
+.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
+	codec-lab quality lion fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -35,8 +36,25 @@ bench-cpu: .venv/examples ## step time on a CPU against optax
 gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
 	$(BIN)/python benchmarks/gpu_report.py
 
+codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
+	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
+
+quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
+	PYTHONPATH=benchmarks $(BIN)/python -m quality
+
+lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and decay
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
+
+fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
+
 clean:
 	rm -rf .venv .venv-cuda runs data
+
+data/fashion-mnist:
+	rm -rf data/debian && mkdir -p data/debian
+	cd data/debian && apt-get download dataset-fashion-mnist && dpkg-deb -x *.deb .
+	mv data/debian/usr/share/datasets/fashion-mnist data/ && rm -r data/debian
 
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

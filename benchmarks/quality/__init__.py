@@ -1,0 +1,1 @@
+"""Do models train as well with a compressed state? Runs, statistics, and a page."""

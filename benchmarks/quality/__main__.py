@@ -1,0 +1,129 @@
+"""Trains two workloads under every condition, over seeds: `make quality`.
+
+    PYTHONPATH=benchmarks python -m quality [--only "adamw, *" ...] [--out FOLDER]
+
+Writes quality.json after every run, and goes on from there when called again; then
+quality.md and quality.png.
+"""
+
+import argparse
+import fnmatch
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import workloads
+from workloads import Workload
+
+from .comparison import summarize
+from .conditions import LEARNING_RATES, Condition, conditions
+from .page import draw, markdown
+from .results import Results
+from .training import Trainer
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
+STEPS = {"gpt": 800, "image": 1200}
+WORKLOADS = {"gpt": workloads.gpt, "image": workloads.image}
+
+
+def study(
+    results: Results,
+    models: Sequence[Workload],
+    chosen: Sequence[Condition],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+) -> None:
+    """Makes the runs that the results do not hold yet.
+
+    Args:
+      results: where runs are looked for and added.
+      models: "gpt", "image" or both.
+      chosen: the conditions.
+      seeds: of first weights and data.
+      steps: of each run; None for STEPS.
+      learning_rate: None for LEARNING_RATES.
+    """
+    for workload in models:
+        for condition in chosen:
+            rate = LEARNING_RATES[workload.name][condition.optimizer]
+            rate = learning_rate or rate
+            trainer = Trainer(workload, condition, rate, steps or STEPS[workload.name])
+            for seed in seeds:
+                settings = trainer.settings(seed)
+                if results.holds(settings):
+                    continue
+                start = time.perf_counter()
+                run = trainer.run(seed)
+                results.add(settings | run)
+                print(
+                    f"{workload.name:6} {condition.name:24} seed {seed}  "
+                    f"loss {run['loss']:.4f}  {time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
+
+
+def write(results: Results, command: str) -> None:
+    """The summary into the results' file, and the page and the chart beside it."""
+    order = [condition.name for condition in conditions()]
+
+    def place(run: dict[str, Any]) -> tuple[Any, ...]:
+        name = f"{run['optimizer']}, {run['storage']}"
+        return run["workload"], order.index(name), run["seed"]
+
+    results.runs.sort(key=place)
+    results.content |= {
+        "command": command,
+        "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
+        "jax": jax.__version__,
+        "summary": summarize(results.runs),
+    }
+    results.save()
+    page = markdown(results.content)
+    results.path.with_suffix(".md").write_text(page)
+    draw(results.content, results.path.with_suffix(".png"))
+    print(page)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m quality", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help=f"of a run; else {STEPS}")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help='conditions, as in "lion, *"'
+    )
+    parser.add_argument("--learning-rate", type=float, help="to search for the best")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args(args)
+    chosen = [
+        condition
+        for condition in conditions()
+        if any(fnmatch.fnmatchcase(condition.name, only) for only in options.only)
+    ]
+    if not chosen:
+        names = "; ".join(condition.name for condition in conditions())
+        parser.error(f"no condition fits --only {options.only}; there are: {names}")
+    results = Results(options.out / "quality.json")
+    study(
+        results,
+        [WORKLOADS[name]() for name in options.workload],
+        chosen,
+        options.seeds,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+    )
+    given = sys.argv[1:] if args is None else args
+    write(results, shlex.join(["python", "-m", "quality", *given]))
+
+
+if __name__ == "__main__":
+    main()
