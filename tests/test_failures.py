@@ -39,8 +39,8 @@ class Bounds(NamedTuple):
 
 CODECS = {
     "companded8": Bounds(),
-    # Codes of 4 bits reach down 7 octaves, and the outlier's v is 16 octaves higher: its
-    # neighbours' steps are too small there, never too large.
+    # Codes of 4 bits reach down 7 octaves, and the outlier's v is 16 octaves higher:
+    # its neighbours' steps are too small there, never too large.
     "companded4": Bounds(
         rms=0.4, rms_beside_outlier=0.8, largest_beside_outlier=1.0, movement=0.06
     ),
