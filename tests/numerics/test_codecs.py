@@ -28,18 +28,17 @@ from optax_flash.numerics.curves import CURVES
 AFFINE = (Affine4, Affine8)
 
 # In groups of 32, so that small arrays have several; the last test has the defaults.
-# Every curve of 4 bits is there once.
+# Of the curves of 4 bits those that differ most: test_curves.py has all.
 ALL = [
     dataclasses.replace(codec, signed=signed, group=32)
     for codec in CODECS.values()
     for signed in (True, False)
     if not isinstance(codec, Companded4)
 ]
-ALL += [Companded4(signed=True, signed_curve=curve) for curve in CURVES]
+ALL += [Companded4(signed_curve=curve) for curve in ("square", "linear", "dynamic")]
 ALL += [
     Companded4(signed=False, unsigned_curve=curve)
-    for curve in CURVES
-    if curve != "dynamic"
+    for curve in ("float", "linear", "log")
 ]
 STOCHASTIC = [codec for codec in ALL if not isinstance(codec, FlashOptim8)]
 UNSIGNED = [codec for codec in STOCHASTIC if not codec.signed]
