@@ -73,51 +73,51 @@ def write(
 ) -> None:
     """Writes codec_lab.json, codec_lab.md and codec_lab.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": command,
+    about = {
+        "command": "PYTHONPATH=benchmarks python -m codec_lab " + command,
         "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
         "jax": jax.__version__,
-        "b1": B1,
         "workloads": streams.name,
         "steps_before": streams.step,
         "window": len(streams.grads),
+        "b1": B1,
         "leaves": [leaf._asdict() for leaf in streams.leaves],
-        "fields": [_field_entry(r) for r in fields],
-        "pairs": [_pair_entry(r) for r in pairs],
     }
-    text = json.dumps(_rounded(result), indent=1)
-    (folder / "codec_lab.json").write_text(text + "\n")
+    shown = [r for b2 in B2S for r in worth_showing([p for p in pairs if p.b2 == b2])]
+    # An entry a line.
+    lists = {
+        "fields": [json.dumps(_rounded(_field_entry(r))) for r in fields],
+        "pairs": [json.dumps(_rounded(_pair_entry(r))) for r in shown],
+    }
+    parts = [json.dumps(about, indent=1)[:-2]]
+    for key, rows in lists.items():
+        parts.append(f'"{key}": [\n' + ",\n".join(rows) + "\n]")
+    (folder / "codec_lab.json").write_text(",\n".join(parts) + "\n}\n")
     (folder / "codec_lab.md").write_text(markdown(streams, fields, pairs, command))
     draw(pairs, folder / "codec_lab.png")
 
 
 def _describe(variant: Variant) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in variant._asdict().items()
-        if name not in ("codec", "field")
-    }
+    names = ("family", "group", "rounding", "bits", "origin")
+    return {name: getattr(variant, name) for name in names}
 
 
 def _field_entry(result: FieldResult) -> dict[str, Any]:
-    return {
+    """By kind of leaf: NMSE, ratios of means and errors; the rest of all together."""
+    entry = {
         "field": result.variant.field,
         **_describe(result.variant),
         "b2": result.b2,
         "bytes": result.bytes,
-        "one_shot": {k: {"nmse": x.nmse} for k, x in result.one_shot.items()},
-        "tracked": {
-            kind: {"nmse": x.nmse, "mean_ratio": x.mean_ratio}
-            for kind, x in result.tracked.items()
-        },
-        "mean_over_steps": {k: {"error": x.error} for k, x in result.mean.items()},
-        "update": _update_entry(result.update),
-        **(
-            {"lion": {k: {"flips": flips(x)} for k, x in result.lion.items()}}
-            if result.lion
-            else {}
-        ),
+        "one_shot_nmse": {kind: x.nmse for kind, x in result.one_shot.items()},
+        "tracked_nmse": {kind: x.nmse for kind, x in result.tracked.items()},
+        "tracked_mean": {kind: x.mean_ratio for kind, x in result.tracked.items()},
+        "lasting_error": {kind: x.error for kind, x in result.mean.items()},
+        **_update_entry(result.update),
     }
+    if result.lion:
+        entry["lion_flips"] = {kind: flips(x) for kind, x in result.lion.items()}
+    return entry
 
 
 def _pair_entry(result: PairResult) -> dict[str, Any]:
@@ -126,14 +126,15 @@ def _pair_entry(result: PairResult) -> dict[str, Any]:
         "v": _describe(result.v),
         "b2": result.b2,
         "bytes": result.bytes,
-        "update": _update_entry(result.update),
+        **_update_entry(result.update),
     }
 
 
 def _update_entry(update: dict[str, Measured]) -> dict[str, Any]:
-    names = ("error", "cosine", "rms_ratio", "worst_cosine", "worst_leaf", "largest")
+    names = ("cosine", "rms_ratio", "worst_cosine", "worst_leaf", "largest")
     return {
-        kind: {name: getattr(x, name) for name in names} for kind, x in update.items()
+        "update_error": {kind: x.error for kind, x in update.items()},
+        **{name: getattr(update["all"], name) for name in names},
     }
 
 
@@ -143,17 +144,17 @@ def flips(signs: Measured) -> float:
 
 
 def _rounded(x: Any) -> Any:
-    """Numbers to four digits, cosines to more: they are near 1."""
+    """Numbers to five digits."""
     if isinstance(x, dict):
         return {key: _rounded(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [_rounded(value) for value in x]
-    return float(f"{x:.6g}") if isinstance(x, float) else x
+    return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
 FIELD_TABLE = """\
-Error of the update, stochastic, by group; then at group 32, or the only one, whatever
-the column says. What is not of another rounding is stochastic, or of the only one.
+The error of the update under stochastic rounding, by group; then at group 32, or at its
+only group, under the others; then, stochastic if not said otherwise, by kind of leaf.
 """
 
 INTRODUCTION = """\
@@ -216,8 +217,12 @@ def markdown(
 
 
 def worth_showing(pairs: Sequence[PairResult]) -> list[PairResult]:
-    """The library's and published pairs, and the best of their bytes; by bytes."""
-    known = [p for p in pairs if "lab" not in (p.m.origin, p.v.origin)]
+    """One format in groups of 32 or as published, and the best of their bytes."""
+    known = [
+        p
+        for p in pairs
+        if belong_together(p.m, p.v) and (p.m.group == 32 or p.m.origin == "published")
+    ]
     unbiased = [p for p in pairs if p.m.rounding == p.v.rounding == STOCHASTIC]
     shown = {id(p): p for p in [*known, *front(pairs), *front(unbiased)]}
     return sorted(shown.values(), key=lambda p: (p.bytes, p.update["all"].error))
@@ -268,38 +273,34 @@ def _field_table(fields: Sequence[FieldResult], bits: int) -> str:
     families: dict[str, dict[tuple[int | str, str], FieldResult]] = {}
     for r in fields:
         if r.variant.bits == bits:
-            mark = {"library": " **(ours)**"}.get(r.variant.origin, "")
-            family = families.setdefault(r.variant.family + mark, {})
+            family = families.setdefault(r.variant.family, {})
             family[r.variant.group, r.variant.rounding] = r
-    groups = [
-        g
-        for g in (16, 32, 64, 128)
-        if any((g, STOCHASTIC) in f for f in families.values())
-    ]
-    roundings = [
-        n for n in (NEAREST, UNSTICKING) if any((32, n) in f for f in families.values())
-    ]
-    header = ["codec", *(f"group {g}" for g in groups), *roundings, "RMS ratio"]
-    header += ["tracked mean", f"{NEAREST}'s", "tracked NMSE", f"{NEAREST}'s"]
-    header += ["one-shot NMSE", "lasting error"]
-    lion = any(r.lion for r in fields)
-    header += ["Lion's flips"] if lion else []
+    every = {group for family in families.values() for group, _ in family}
+    groups = sorted(every, key=lambda group: (isinstance(group, str), group))
+    stuck = any(r.variant.rounding == UNSTICKING for r in fields)
+    kinds = [kind for kind in fields[0].update if kind != "all"]
+    header = ["codec", *map(str, groups), NEAREST, *([UNSTICKING] if stuck else [])]
+    header += [*kinds, "RMS ratio", "tracked mean", f"{NEAREST}'s"]
+    header += ["one-shot NMSE", "tracked NMSE", f"{NEAREST}'s", "lasting error"]
+    header += ["Lion's flips"] if fields[0].lion else []
     rows = []
     for name, family in families.items():
         main = 32 if any(group == 32 for group, _ in family) else next(iter(family))[0]
-        base = family.get((main, STOCHASTIC)) or family[main, NEAREST]
         nearest = family.get((main, NEAREST))
-        row = [name if main == 32 else f"{name}, group {main}"]
-        row += [_error(family.get((g, STOCHASTIC))) for g in groups]
-        row += [_error(family.get((main, rounding))) for rounding in roundings]
+        base = family.get((main, STOCHASTIC)) or nearest
+        assert base is not None
+        ours = base.variant.origin == "library"
+        row = [f"{name} **(ours)**" if ours else name]
+        row += [_error(family.get((group, STOCHASTIC))) for group in groups]
+        row += [_error(nearest)]
+        row += [_error(family.get((main, UNSTICKING)))] if stuck else []
+        row += [f"{base.update[kind].error:.3f}" for kind in kinds]
         row += [f"{base.update['all'].rms_ratio:.3f}"]
-        row += [
-            _tracked(base, "mean_ratio", ".3f"),
-            _tracked(nearest, "mean_ratio", ".3f"),
-        ]
-        row += [_tracked(base, "nmse", ".1e"), _tracked(nearest, "nmse", ".1e")]
-        row += [f"{base.one_shot['all'].nmse:.1e}", f"{base.mean['all'].error:.3f}"]
-        row += [f"{flips(base.lion['all']):.2%}"] if lion and base.lion else []
+        row += [_tracked(r, "mean_ratio", ".3f") for r in (base, nearest)]
+        row += [f"{base.one_shot['all'].nmse:.1e}"]
+        row += [_tracked(r, "nmse", ".1e") for r in (base, nearest)]
+        row += [f"{base.mean['all'].error:.3f}"]
+        row += [f"{flips(base.lion['all']):.2%}"] if base.lion else []
         rows.append((base.update["all"].error, row))
     return _table(header, [row for _, row in sorted(rows)])
 

@@ -62,7 +62,7 @@ class Format(NamedTuple):
 
 def signed_formats(bits: int) -> Iterator[Format]:
     """Candidates for m."""
-    groups = (16, 32, 64, 128) if bits == 4 else (32,)
+    groups = (16, 32, 64, 128, None) if bits == 4 else (32,)
     yield Format("softsign", candidates.softsign(bits), groups=groups)
     yield Format("power 2", candidates.signed_power(bits, 2), groups=groups)
     for p in (1, 1.5, 3):
@@ -89,7 +89,7 @@ def unsigned_formats(bits: int) -> Iterator[Format]:
         yield Format(f"power {p}, scale 2**i", book, POWERS)
     for mantissa in (0, 1, 2) if bits == 4 else (4, 5):
         book = candidates.floating(bits, mantissa)
-        groups = (32, 64, 128) if mantissa == 1 else (32,)
+        groups = (32, 64, 128, None) if mantissa == 1 else (32,)
         yield Format(f"floats of {mantissa} bits, scale 2**i", book, POWERS, groups)
     for octaves in (8, 16, 32) if bits == 4 else (16,):
         yield Format(f"log {octaves}", candidates.log(bits, octaves, zero=False), BF16)
@@ -154,9 +154,10 @@ def _candidates() -> Iterator[Variant]:
 
 def _library(codecs: tuple[Codec, ...]) -> Iterator[Variant]:
     for codec in codecs:
-        for field, group in itertools.product("mv", (32, 64, 128)):
+        published = codec.name == "flashoptim"
+        groups = (32,) if published else (32, 64, 128)
+        for field, group in itertools.product("mv", groups):
             sized = dataclasses.replace(codec, signed=field == "m", group=group)
-            published = codec.name == "flashoptim"
             for family, ours in _curves(sized):
                 for rounding in [NEAREST] if published else ROUNDINGS:
                     yield Variant(
@@ -166,7 +167,7 @@ def _library(codecs: tuple[Codec, ...]) -> Iterator[Variant]:
                         rounding,
                         codec.bits,
                         Library(ours),
-                        "published" if published and group == 32 else "library",
+                        "published" if published else "library",
                     )
 
 

@@ -511,9 +511,17 @@ def test_run_writes_everything(tmp_path, monkeypatch, capsys):
     result = json.loads((out / "codec_lab.json").read_text())
     assert len(result["fields"]) == len(few) * len(streams.B2S)
     for entry in result["fields"]:
-        assert 0 < entry["update"]["all"]["error"]
         assert 0.5 < entry["bytes"] < 1.2
-        assert set(entry["tracked"]) == {"all", *(leaf.kind for leaf in LEAVES)}
+        for name in ("one_shot_nmse", "tracked_nmse", "tracked_mean", "update_error"):
+            assert set(entry[name]) == {"all", *(leaf.kind for leaf in LEAVES)}
+            assert entry[name]["all"] > 0
+    flips = [
+        entry["lion_flips"]["all"]
+        for entry in result["fields"]
+        if "lion_flips" in entry
+    ]
+    assert len(flips) == sum(v.field == "m" for v in few)
+    assert all(0 < share < 0.5 for share in flips)
     formats = {(p["m"]["family"], p["v"]["family"]) for p in result["pairs"]}
     assert ("companded8", "companded8") in formats
     assert ("flashoptim", "flashoptim") in formats
