@@ -29,8 +29,11 @@ def run(tx, grads, params=None):
     return updates, state
 
 
-def assert_near_stock(grads, implementation, codecs=None, rtol=0.03):
+def assert_near_stock(grads, implementation, codecs=None):
     """Each update of Adam is optax's, but for what codes round."""
+    # In 4 bits v is rounded by up to a factor of 3/2 a step. Averaged with what each
+    # step adds, that makes 0.52 to 2.7 of it in the fifth, 0.61 to 1.39 of the root.
+    rtol = 0.03 if optax_flash.get_codec(codecs or "companded8").bits == 8 else 0.4
     tx = optax_flash.scale_by_adam8(codecs=codecs, implementation=implementation)
     found, state = run(tx, grads)
     expected, _ = run(optax.scale_by_adam(), grads)
@@ -51,40 +54,49 @@ def signs(shape=SHAPE):
         ((64, 80), optax_flash.Companded8(group=128)),
         ((4, 32, 33), optax_flash.Companded8(group=64)),
         ((100, 60), "affine8"),
+        ((2048, 3), "companded4"),
+        ((4096, 1), "companded4"),
+        ((64, 81), optax_flash.Companded4(group=128)),
     ],
 )
 def test_groups_longer_than_the_row(shape, codecs, implementation):
     """Each row is a group by itself, as large as its largest element."""
+    codec = optax_flash.get_codec(codecs or "companded8")
     rows = np.arange(1, 1 + np.prod(shape[:-1])).reshape(*shape[:-1], 1)
     grads = [(signs(shape) * rows).astype(np.float32)] * 3
     _, state = assert_near_stock(grads, implementation, codecs)
-    assert state.inner_state.mu.shape == shape
+    assert state.inner_state.mu.shape == codec.codes_shape(shape)
     planes = 2 if codecs == "affine8" else 1
     assert state.scales["mu_scales"].shape == (*shape[:-1], planes)
 
 
-def test_constant_groups(implementation):
+@pytest.fixture(params=["companded8", "companded4"], name="codecs")
+def codecs_fixture(request):
+    return request.param
+
+
+def test_constant_groups(implementation, codecs):
     """All of a group at its scale: neither clipped nor drifting."""
     sizes = 10.0 ** np.linspace(-9, 9, 128).repeat(32).reshape(SHAPE)
     grads = [(signs() * sizes).astype(np.float32)] * 5
-    assert_near_stock(grads, implementation)
+    assert_near_stock(grads, implementation, codecs)
 
 
-def test_all_zero_groups_wake_up(implementation):
+def test_all_zero_groups_wake_up(implementation, codecs):
     """Zeros move nothing, and leave no trace when gradients come."""
     some = signs().astype(np.float32)
     some[:, :32] = 0
     everywhere = signs().astype(np.float32)
     grads = [0 * some, some, some, everywhere, everywhere]
-    found, _ = assert_near_stock(grads, implementation)
+    found, _ = assert_near_stock(grads, implementation, codecs)
     assert np.all(found[0] == 0) and np.all(found[2][:, :32] == 0)
 
 
 @pytest.mark.parametrize("size", [1e-40, 1e-38, 1e-30, 1e-20])
-def test_gradients_near_and_below_the_smallest_normal(size, implementation):
+def test_gradients_near_and_below_the_smallest_normal(size, implementation, codecs):
     """Beside eps they are nothing, in stock optax too; nothing divides by zero."""
     grads = [(signs() * size).astype(np.float32)] * 3 + [signs().astype(np.float32)]
-    tx = optax_flash.scale_by_adam8(implementation=implementation)
+    tx = optax_flash.scale_by_adam8(codecs=codecs, implementation=implementation)
     found, state = run(tx, grads)
     for u in found[:3]:
         assert np.all(np.abs(u) <= 1.1 * size / 1e-8)
@@ -104,18 +116,18 @@ def test_one_ordinary_gradient_among_subnormals(implementation):
 
 
 @pytest.mark.parametrize("size", [6e4, 1e5, 1e10, 1e18])
-def test_gradients_beyond_float16(size, implementation):
+def test_gradients_beyond_float16(size, implementation, codecs):
     """Where a float16 scale is infinite."""
     grads = [(signs() * size).astype(np.float32)] * 3
-    assert_near_stock(grads, implementation)
+    assert_near_stock(grads, implementation, codecs)
 
 
-def test_a_square_beyond_float32_is_loud(implementation):
+def test_a_square_beyond_float32_is_loud(implementation, codecs):
     """optax's element stands still from then on; here its group becomes NaN."""
     grads = signs().astype(np.float32)
     huge = grads.copy()
     huge[3, 40] = 1e20
-    tx = optax_flash.scale_by_adam8(implementation=implementation)
+    tx = optax_flash.scale_by_adam8(codecs=codecs, implementation=implementation)
     found, _ = run(tx, [huge, grads])
     group = np.zeros(SHAPE, bool)
     group[3, 32:64] = True
