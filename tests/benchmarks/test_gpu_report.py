@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)]),
 }
 
-ON_CPU = ("adamw8, ", "optax.adamw")
+ON_CPU = ("adamw8, ", "adamw4, ", "optax.adamw")
 
 # Gradients one hundredth too large, for all implementations but the reference.
 WRONG_IMPLEMENTATION = """
