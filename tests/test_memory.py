@@ -177,4 +177,7 @@ def test_eager_init_holds_no_float32_moments():
     tx = optax_flash.master_weights(optax_flash.adamw8(1e-3))
     params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)}
     memory = jax.jit(tx.init).lower(params).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * memory.output_size_in_bytes
+    # A moment would take 4 MB. What there is holds a number for each of its groups:
+    # their largest values, and scales and reciprocals, at most two of each moment.
+    groups = 1024 * 1024 // 32
+    assert memory.temp_size_in_bytes <= 4 * (4 * groups)

@@ -43,10 +43,11 @@ def round_up_to_power(x: jax.Array) -> jax.Array:
 
     0 for 0, 2**-126 to 2**126 for others, NaN if not finite.
     """
-    bits = lax.bitcast_convert_type(round_up_bf16(x), jnp.uint16)
-    exponent = (bits + np.uint16(0x7F)) & np.uint16(0x7F80)
-    bits = jnp.where(bits > np.uint16(0x7F80), bits, exponent)
-    return lax.bitcast_convert_type(bits, jnp.bfloat16)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    up = (bits + np.uint32(0x7FFFFF)) >> np.uint32(16) & np.uint32(0x7F80)
+    up = jnp.minimum(up, np.uint32(0x7E80))
+    up = jnp.where(bits > np.uint32(0x7F7FFFFF), np.uint32(0x7FC0), up)
+    return lax.bitcast_convert_type(up.astype(jnp.uint16), jnp.bfloat16)
 
 
 @jax.jit
