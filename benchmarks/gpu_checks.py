@@ -59,9 +59,8 @@ SHARES = ("codes_differing", "scales_differing", "weights_off")
 
 
 def transformation(case: str, implementation: str) -> optax.GradientTransformation:
-    codec = FOUR_BITS if "4 bits" in case else EIGHT_BITS
     adamw = functools.partial(
-        optax_flash.adamw8, LEARNING_RATE, weight_decay=0.1, codecs=codec
+        optax_flash.adamw8, LEARNING_RATE, weight_decay=0.1, codecs=codec_of(case)
     )
     if case == "float32 params":
         return adamw(implementation=implementation)
@@ -70,7 +69,11 @@ def transformation(case: str, implementation: str) -> optax.GradientTransformati
     )
 
 
-EIGHT_BITS, FOUR_BITS = optax_flash.Companded8(), optax_flash.Companded4()
+def codec_of(case: str) -> optax_flash.Codec:
+    """The codec of both moments."""
+    return optax_flash.get_codec("companded4" if "4 bits" in case else "companded8")
+
+
 CASES = (
     "float32 params",
     "bfloat16 params, additive",
@@ -91,7 +94,6 @@ def check(
       The figures of LIMITS, and ``"passed"``.
     """
     dtype = jnp.float32 if case == "float32 params" else jnp.bfloat16
-    codec = FOUR_BITS if "4 bits" in case else EIGHT_BITS
     step = stepper(transformation(case, implementation))
     init, reference_step = reference(case)
     params = sample(shapes, dtype, seed=0, spread=0.0)
@@ -106,7 +108,7 @@ def check(
         old = weights(params, state)
         params, state = reference_step(params, state, grads)
         step_figures = {
-            **compare_codes(got[1], state, codec),
+            **compare_codes(got[1], state, codec_of(case)),
             **compare_weights(weights(*got), weights(params, state), old),
         }
         for name, value in step_figures.items():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jax.typing import DTypeLike
 
-from optax_flash.numerics import groups, nibbles
+from optax_flash.numerics import arithmetic, groups, nibbles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,13 @@ class Codec(abc.ABC):
         scales = self.scales_from(maxima)
         return self.codes(x, scales, maxima, bits), scales
 
-    @abc.abstractmethod
     def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """int32 arrays like ``x`` whose maxima over a group make its scales.
 
-        Integers, as XLA's CPU backend loses NaN in a maximum of floats, and computes
-        one of integers in vectors.
+        Where nothing else is said, the magnitudes. Integers, as XLA's CPU backend loses
+        NaN in a maximum of floats, and computes one of integers in vectors.
         """
+        return (arithmetic.magnitude_bits(x),)
 
     @abc.abstractmethod
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

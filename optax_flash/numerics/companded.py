@@ -55,9 +55,6 @@ class Companded8(Codec):
     name: ClassVar[str] = "companded8"
     scale_dtype: ClassVar[DTypeLike] = jnp.bfloat16
 
-    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        return (arithmetic.magnitude_bits(x),)
-
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return (_scale(maxima[0], power_of_two=not self.signed),)
 
@@ -157,9 +154,6 @@ class Companded4(Codec):
                     f"Companded4: unknown {field} {getattr(self, field)!r}. Known "
                     f"names: {', '.join(known)}."
                 )
-
-    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        return (arithmetic.magnitude_bits(x),)
 
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return (_scale(maxima[0], power_of_two=self._curve[0].lattice),)

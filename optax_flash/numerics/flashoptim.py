@@ -46,9 +46,6 @@ class FlashOptim8(Codec):
     name: ClassVar[str] = "flashoptim"
     scale_dtype: ClassVar[DTypeLike] = jnp.float16
 
-    def keys(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        return (arithmetic.magnitude_bits(x),)
-
     def scales_from(self, maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return (self._divisor(maxima).astype(jnp.float16),)
 
