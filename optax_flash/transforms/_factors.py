@@ -1,0 +1,65 @@
+"""Moments held as products of two thin factors: which leaves, and the arithmetic.
+
+A moment of shape ``(*batch, p, q)`` is ``left.T @ right`` with ``left`` of shape
+``(*batch, rank, p)`` and ``right`` of shape ``(*batch, rank, q)``. The rank comes
+first, so that codecs group neighbours of one component, which are of one size, and so
+that a factor's last axis is sharded like one axis of its param.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Rank = int | float
+Where = Callable[[str], bool] | None
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def check_rank(name: str, rank: Rank) -> None:
+    """Raises a ValueError where a rank is neither a count nor a share of a side.
+
+    Args:
+      name: of the transformation, which begins the message.
+      rank: an int of at least 1, or a float in (0, 1].
+    """
+    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    is_share = isinstance(rank, float) and 0 < rank <= 1
+    if not (is_count or is_share):
+        raise ValueError(
+            f"{name}: rank is {rank!r}. Give a whole number of at least 1, or a float "
+            "in (0, 1], a share of a matrix's smaller side."
+        )
+
+
+def rank_of(shape: tuple[int, ...], rank: Rank) -> int:
+    """The rank for a leaf of two axes or more: a count, or a share of the smaller."""
+    return max(1, round(rank * min(shape[-2:]))) if isinstance(rank, float) else rank
+
+
+def product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """``left.T @ right``: (*batch, p, q), of (*batch, rank, p), (*batch, rank, q)."""
+    return jnp.einsum("...rp,...rq->...pq", left, right, precision=HIGHEST)
+
+
+def gram(factor: jax.Array) -> jax.Array:
+    """``factor @ factor.T``: (*batch, rank, rank) of (*batch, rank, n)."""
+    return jnp.einsum("...rn,...sn->...rs", factor, factor, precision=HIGHEST)
+
+
+def onto_rows(left: jax.Array, matrix: jax.Array) -> jax.Array:
+    """``left @ matrix``: (*batch, rank, q), of (*batch, rank, p), (*batch, p, q)."""
+    return jnp.einsum("...rp,...pq->...rq", left, matrix, precision=HIGHEST)
+
+
+def onto_columns(right: jax.Array, matrix: jax.Array) -> jax.Array:
+    """``right @ matrix.T``: (*batch, rank, p), of (*batch, rank, q), (*batch, p, q)."""
+    return jnp.einsum("...rq,...pq->...rp", right, matrix, precision=HIGHEST)
+
+
+def normal(path: str, field: str, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32 numbers that depend on a leaf's path and field alone."""
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(f"{path}/{field}".encode()))
+    return jax.random.normal(key, shape, jnp.float32)
