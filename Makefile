@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	codec-lab quality lion fashion-mnist clean
+	codec-lab quality lion budget fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -41,6 +41,9 @@ codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradient
 
 quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
+
+budget: .venv/examples ## loss against bytes: every optimizer of a lower budget
+	PYTHONPATH=benchmarks $(BIN)/python -m budget
 
 lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and decay
 	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs

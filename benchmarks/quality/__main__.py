@@ -12,8 +12,7 @@ import pathlib
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,49 +23,37 @@ from .comparison import summarize
 from .conditions import LEARNING_RATES, Condition, conditions
 from .page import draw, markdown
 from .results import Results
-from .training import Trainer
+from .training import Trainer, study
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 STEPS = {"gpt": 800, "image": 1200}
 WORKLOADS = {"gpt": workloads.gpt, "image": workloads.image}
 
 
-def study(
-    results: Results,
+def trainers(
     models: Sequence[Workload],
     chosen: Sequence[Condition],
-    seeds: Sequence[int],
     *,
     steps: int | None = None,
     learning_rate: float | None = None,
-) -> None:
-    """Makes the runs that the results do not hold yet.
+) -> Iterator[Trainer]:
+    """A trainer for each condition on each workload.
 
     Args:
-      results: where runs are looked for and added.
       models: "gpt", "image" or both.
       chosen: the conditions.
-      seeds: of first weights and data.
       steps: of each run; None for STEPS.
       learning_rate: None for LEARNING_RATES.
     """
     for workload in models:
         for condition in chosen:
             rate = LEARNING_RATES[workload.name][condition.optimizer]
-            rate = learning_rate or rate
-            trainer = Trainer(workload, condition, rate, steps or STEPS[workload.name])
-            for seed in seeds:
-                settings = trainer.settings(seed)
-                if results.holds(settings):
-                    continue
-                start = time.perf_counter()
-                run = trainer.run(seed)
-                results.add(settings | run)
-                print(
-                    f"{workload.name:6} {condition.name:24} seed {seed}  "
-                    f"loss {run['loss']:.4f}  {time.perf_counter() - start:.0f} s",
-                    flush=True,
-                )
+            yield Trainer(
+                workload,
+                condition,
+                learning_rate or rate,
+                steps or STEPS[workload.name],
+            )
 
 
 def write(results: Results, command: str) -> None:
@@ -113,14 +100,9 @@ def main(args: Sequence[str] | None = None) -> None:
         names = "; ".join(condition.name for condition in conditions())
         parser.error(f"no condition fits --only {options.only}; there are: {names}")
     results = Results(options.out / "quality.json")
-    study(
-        results,
-        [WORKLOADS[name]() for name in options.workload],
-        chosen,
-        options.seeds,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-    )
+    models = [WORKLOADS[name]() for name in options.workload]
+    settings = dict(steps=options.steps, learning_rate=options.learning_rate)
+    study(results, trainers(models, chosen, **settings), options.seeds)
     given = sys.argv[1:] if args is None else args
     write(results, shlex.join(["python", "-m", "quality", *given]))
 

@@ -51,22 +51,31 @@ def difference(reference: Sequence[float], other: Sequence[float]) -> Difference
     return Difference(mean, spread, mean - half, mean + half)
 
 
-def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarize(
+    runs: Sequence[Mapping[str, Any]], reference: tuple[str, str] | None = None
+) -> list[dict[str, Any]]:
     """A row for each workload, optimizer and storage, in the order of the runs.
 
-    Differences are to float32 of the same optimizer, over the seeds that both have, in
-    nats and as shares of the float32 mean. "indistinguishable": the interval holds 0.
-    "mean_within", "interval_within": the mean, or the whole interval, costs at most
-    0.5 % of the loss; being better is never held against a condition.
+    Differences are over the seeds that both have, in nats and as shares of the
+    reference's mean. "indistinguishable": the interval holds 0. "mean_within",
+    "interval_within": the mean, or the whole interval, costs at most 0.5 % of the loss;
+    being better is never held against a condition.
+
+    Args:
+      runs: of any conditions.
+      reference: the optimizer and the storage that all are compared with; None for
+        float32 of the same optimizer.
     """
     groups: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
     for run in runs:
         key = run["workload"], run["optimizer"], run["storage"]
         groups.setdefault(key, {})[run["seed"]] = run
-    return [
-        _row(key, group, groups.get((*key[:2], REFERENCE), {}))
-        for key, group in groups.items()
-    ]
+    rows = []
+    for key, group in groups.items():
+        workload, optimizer, _ = key
+        other = (workload, *(reference or (optimizer, REFERENCE)))
+        rows.append(_row(key, group, {} if key == other else groups.get(other, {})))
+    return rows
 
 
 def _row(
@@ -85,7 +94,7 @@ def _row(
             row[measure] = float(np.mean(values))
             row[f"{measure}_spread"] = _spread(values)
     shared = [seed for seed in group if seed in reference]
-    if not shared or key[2] == REFERENCE:
+    if not shared:
         return row
     for measure in ("loss", "train_loss"):
         base = [reference[seed][measure] for seed in shared]

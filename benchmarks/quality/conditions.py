@@ -99,17 +99,18 @@ def _mixed(mu: int, nu: int) -> Condition:
     )
 
 
-def _matrices(params: optax.Params) -> Any:
+def matrices(params: optax.Params) -> Any:
+    """Which params decay: those of two axes or more."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def _adamw(make: Callable[..., Any], **options: Any) -> Make:
-    return lambda lr: make(lr, weight_decay=0.1, mask=_matrices, **options)
+    return lambda lr: make(lr, weight_decay=0.1, mask=matrices, **options)
 
 
 def _lion(make: Callable[..., Any], **options: Any) -> Make:
     # Three times as much as for AdamW, as learning rates are about a third.
-    return lambda lr: make(lr, weight_decay=0.3, mask=_matrices, **options)
+    return lambda lr: make(lr, weight_decay=0.3, mask=matrices, **options)
 
 
 def _sgd(make: Callable[..., Any], **options: Any) -> Make:

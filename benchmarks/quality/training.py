@@ -4,6 +4,7 @@ import functools
 import json
 import time
 import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import optax_flash
 from optax_flash.flax import is_norm
 
 from .conditions import Condition
+from .results import Results
 
 CURVE_POINTS = 50
 
@@ -43,6 +45,11 @@ class Trainer:
         self._workload, self._condition = workload, condition
         self._learning_rate, self._steps = learning_rate, steps
         self._tx = condition.transformation(schedule)
+
+    @property
+    def name(self) -> str:
+        """The condition's."""
+        return self._condition.name
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What decides a run's numbers, beside the code; "format" sums up the codecs.
@@ -117,3 +124,26 @@ class Trainer:
         if self._condition.residual is None:
             return params
         return optax_flash.master_params(params, state)
+
+
+def study(results: Results, trainers: Iterable[Trainer], seeds: Sequence[int]) -> None:
+    """Makes the runs that the results do not hold yet.
+
+    Args:
+      results: where runs are looked for and added.
+      trainers: of the conditions.
+      seeds: of first weights and data.
+    """
+    for trainer in trainers:
+        for seed in seeds:
+            settings = trainer.settings(seed)
+            if results.holds(settings):
+                continue
+            start = time.perf_counter()
+            run = trainer.run(seed)
+            results.add(settings | run)
+            print(
+                f"{settings['workload']:6} {trainer.name:40} seed {seed}  "
+                f"loss {run['loss']:.4f}  {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )

@@ -142,7 +142,11 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
     traced = _trace(program, layout, offset)
     inputs = list(traced.jaxpr.invars)
     fits = layout.units * layout.lanes <= IN_CACHE
-    kept = [x for x in dict.fromkeys(traced.values) if fits and x not in inputs]
+    kept = [
+        x
+        for x in dict.fromkeys([*traced.values, traced.bits])
+        if fits and x not in inputs
+    ]
     plain = list(dict.fromkeys(x for x in traced.results if not isinstance(x, int)))
     # The last is written over its operand; for the others XLA copies what is needed.
     plain.sort(key=lambda x: x.aval.dtype.itemsize)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import workloads
 from quality import lion_decay, lion_signs
-from quality.__main__ import main, study, write
+from quality.__main__ import main, trainers, write
 from quality.comparison import difference, summarize
 from quality.conditions import conditions
 from quality.results import Results
-from quality.training import Trainer
+from quality.training import Trainer, study
 
 SIZE = 12  # of the pictures, in pixels
 
@@ -245,7 +245,7 @@ def finished_fixture(tmp_path_factory):
     results = Results(folder / "quality.json")
     settings = chosen("adamw, float32", "adamw, 8 bits")
     with little_compilation():
-        study(results, [tiny_gpt(), tiny_image()], settings, [0, 1], steps=2)
+        study(results, trainers([tiny_gpt(), tiny_image()], settings, steps=2), [0, 1])
     write(results, "python -m quality")
     return results
 
@@ -293,7 +293,7 @@ def test_what_is_done_is_not_done_again(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "run", train)
     settings = chosen("adamw, float32", "adamw, 8 bits")
     for _ in range(2):
-        study(Results(path), [tiny_gpt()], settings, [0, 1], steps=2)
+        study(Results(path), trainers([tiny_gpt()], settings, steps=2), [0, 1])
         assert made == [1, 1]
     assert len(json.loads(path.read_text())["runs"]) == 6  # two of them pictures
 
@@ -302,9 +302,13 @@ def test_runs_of_other_settings_are_not_mixed(finished):
     results = Results(finished.path)
     settings = chosen("adamw, float32")
     with pytest.raises(ValueError, match=r"float32, 0\) with steps 2, not 3"):
-        study(results, [tiny_gpt()], settings, [0], steps=3)
+        study(results, trainers([tiny_gpt()], settings, steps=3), [0])
     with pytest.raises(ValueError, match="with learning_rate 0.003, not 0.1"):
-        study(results, [tiny_gpt()], settings, [0], steps=2, learning_rate=0.1)
+        study(
+            results,
+            trainers([tiny_gpt()], settings, steps=2, learning_rate=0.1),
+            [0],
+        )
 
 
 def test_codecs_belong_to_the_settings():

@@ -1,0 +1,1 @@
+"""Loss against bytes: which optimizer for which budget."""

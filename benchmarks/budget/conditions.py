@@ -1,0 +1,106 @@
+"""What is compared: everything that decides how many bytes an optimizer keeps.
+
+All share the schedule, the clipping and the decay of benchmarks/quality, and all but
+the reference keep their weights in bfloat16 and an 8-bit residual.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from quality.conditions import Condition, matrices
+
+import optax_flash
+
+Make = Callable[[optax.Schedule], optax.GradientTransformation]
+
+LEARNING_RATES = {
+    "adamw": 3e-3,
+    "lora_pre": 3e-3,
+    "lora_pre_muon": 1e-2,
+    "lowrank": 3e-3,
+    "adafactor": 3e-3,
+    "tamed": 3e-3,
+}
+"""Peaks: of three rates, a factor of three apart, the one with the lowest held-out
+loss after 200 steps from seed 100. For every rate: python -m budget --only "F, *"
+--seeds 100 --steps 200 --learning-rate R --out O.
+"""
+
+SHARES = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125, "1/16": 0.0625}
+FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")
+DECAY = 0.1
+
+
+def conditions() -> list[Condition]:
+    """All of them; the reference comes first."""
+    return [
+        Condition("adamw", "float32", _adamw(optax.adamw)),
+        _split("adamw", "8 bits", _adamw(optax_flash.adamw8)),
+        _split("adamw", "4 bits", _adamw(optax_flash.adamw4)),
+        *_lora_pre(),
+        *_lowrank(),
+        *(_split("adafactor", f"{n}-bit momentum", _adafactor(n)) for n in (8, 4)),
+        *_tamed(),
+    ]
+
+
+def _split(family: str, name: str, make: Make) -> Condition:
+    return Condition(family, name, make, jnp.bfloat16, "exact")
+
+
+def _adamw(make: Callable[..., Any], **options: Any) -> Make:
+    return lambda lr: make(lr, weight_decay=DECAY, mask=matrices, **options)
+
+
+def _lora_pre() -> Iterator[Condition]:
+    for name, share in SHARES.items():
+        make = _adamw(optax_flash.lora_pre_adamw, rank=share)
+        yield _split("lora_pre", f"rank {name}", make)
+    for bits, share in (8, "1/4"), (8, "1/8"), (4, "1/4"):
+        codecs = dict.fromkeys(FACTORS, f"companded{bits}")
+        make = _adamw(optax_flash.lora_pre_adamw, rank=SHARES[share], codecs=codecs)
+        yield _split("lora_pre", f"rank {share}, {bits}-bit factors", make)
+    paper = _adamw(optax_flash.lora_pre_adamw, rank=0.25, bias_correction="paper")
+    yield _split("lora_pre", "rank 1/4, the paper's correction", paper)
+    muon = _adamw(optax_flash.lora_pre_muon, rank=0.25)
+    yield _split("lora_pre_muon", "rank 1/4", muon)
+
+
+def _lowrank() -> Iterator[Condition]:
+    for share in ("1/4", "1/8"):
+        make = _adamw(optax_flash.lowrank_adamw, rank=SHARES[share])
+        yield _split("lowrank", f"rank {share}", make)
+    for strategy, options in {
+        "online": {},
+        "periodic": {"refresh_every": 20},
+    }.items():
+        make = _adamw(
+            optax_flash.lowrank_adamw, rank=0.25, strategy=strategy, **options
+        )
+        yield _split("lowrank", f"rank 1/4, {strategy}", make)
+
+
+def _adafactor(bits: int) -> Make:
+    """The recipe of docs/adafactor.md."""
+
+    def make(lr: optax.Schedule) -> optax.GradientTransformation:
+        return optax_flash.compress(
+            optax.adafactor(
+                lr,
+                min_dim_size_to_factor=64,
+                multiply_by_parameter_scale=False,
+                momentum=0.9,
+                weight_decay_rate=None,
+            ),
+            f"companded{bits}",
+        )
+
+    return make
+
+
+def _tamed() -> Iterator[Condition]:
+    for threshold in (0.1, 0.3, 1.0, 5.0):
+        make = _adamw(optax_flash.tamed_adamw8, threshold=threshold, relative=True)
+        yield _split("tamed", f"threshold {threshold:g}", make)
