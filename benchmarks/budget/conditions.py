@@ -46,6 +46,11 @@ def conditions() -> list[Condition]:
     ]
 
 
+def in_blocks(path: str) -> bool:
+    """Which leaves may be of low rank: as in the paper, attention and MLP."""
+    return path.startswith("block")
+
+
 def _split(family: str, name: str, make: Make) -> Condition:
     return Condition(family, name, make, jnp.bfloat16, "exact")
 
@@ -54,48 +59,50 @@ def _adamw(make: Callable[..., Any], **options: Any) -> Make:
     return lambda lr: make(lr, weight_decay=DECAY, mask=matrices, **options)
 
 
+def _factored(make: Callable[..., Any], **options: Any) -> Make:
+    return _adamw(make, where=in_blocks, **options)
+
+
 def _lora_pre() -> Iterator[Condition]:
     for name, share in SHARES.items():
-        make = _adamw(optax_flash.lora_pre_adamw, rank=share)
+        make = _factored(optax_flash.lora_pre_adamw, rank=share)
         yield _split("lora_pre", f"rank {name}", make)
     for bits, share in (8, "1/4"), (8, "1/8"), (4, "1/4"):
         codecs = dict.fromkeys(FACTORS, f"companded{bits}")
-        make = _adamw(optax_flash.lora_pre_adamw, rank=SHARES[share], codecs=codecs)
+        make = _factored(optax_flash.lora_pre_adamw, rank=SHARES[share], codecs=codecs)
         yield _split("lora_pre", f"rank {share}, {bits}-bit factors", make)
-    paper = _adamw(optax_flash.lora_pre_adamw, rank=0.25, bias_correction="paper")
+    paper = _factored(optax_flash.lora_pre_adamw, rank=0.25, bias_correction="paper")
     yield _split("lora_pre", "rank 1/4, the paper's correction", paper)
-    muon = _adamw(optax_flash.lora_pre_muon, rank=0.25)
+    muon = _factored(optax_flash.lora_pre_muon, rank=0.25, adam_weight_decay=DECAY)
     yield _split("lora_pre_muon", "rank 1/4", muon)
 
 
 def _lowrank() -> Iterator[Condition]:
     for share in ("1/4", "1/8"):
-        make = _adamw(optax_flash.lowrank_adamw, rank=SHARES[share])
+        make = _factored(optax_flash.lowrank_adamw, rank=SHARES[share])
         yield _split("lowrank", f"rank {share}", make)
     for strategy, options in {
         "online": {},
         "periodic": {"refresh_every": 20},
     }.items():
-        make = _adamw(
+        make = _factored(
             optax_flash.lowrank_adamw, rank=0.25, strategy=strategy, **options
         )
         yield _split("lowrank", f"rank 1/4, {strategy}", make)
 
 
 def _adafactor(bits: int) -> Make:
-    """The recipe of docs/adafactor.md."""
+    """The chain of docs/adafactor.md, with AdamW's decay."""
 
     def make(lr: optax.Schedule) -> optax.GradientTransformation:
-        return optax_flash.compress(
-            optax.adafactor(
-                lr,
-                min_dim_size_to_factor=64,
-                multiply_by_parameter_scale=False,
-                momentum=0.9,
-                weight_decay_rate=None,
-            ),
-            f"companded{bits}",
+        chain = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(0.9),
+            optax.add_decayed_weights(DECAY, matrices),
+            optax.scale_by_learning_rate(lr),
         )
+        return optax_flash.compress(chain, f"companded{bits}")
 
     return make
 
