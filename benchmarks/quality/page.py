@@ -52,25 +52,24 @@ def heading(workload: str, runs: Sequence[Row]) -> str:
     runs = [run for run in runs if run["workload"] == workload]
     steps = {run["steps"] for run in runs}
     rates = {run["optimizer"]: run["learning_rate"] for run in runs}
-    seeds = sorted({run["seed"] for run in runs})
     return (
         f"## {workload}\n\n"
-        f"{', '.join(map(str, sorted(steps)))} steps, seeds "
-        f"{', '.join(map(str, seeds))}, learning rates "
+        f"{', '.join(map(str, sorted(steps)))} steps, learning rates "
         f"{', '.join(f'{rate:g} ({name})' for name, rate in rates.items())}."
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     accuracy = any("accuracy" in row for row in rows)
-    head = ["optimizer", "storage", "bytes", "loss"]
+    head = ["optimizer", "storage", "bytes", "seeds", "loss"]
     head += ["accuracy"] if accuracy else []
     head += ["difference, % of the loss", "0 in the interval"]
     head += ["mean within 0.5 %", "interval within 0.5 %"]
-    align = ["---", "---", "---:", "---:"] + ["---:"] * accuracy + ["---:"]
+    align = ["---", "---", "---:", "---:", "---:"] + ["---:"] * accuracy + ["---:"]
     lines = [head, align + [":---:"] * 3]
     for row in rows:
         cells = [row["optimizer"], row["storage"], f"{row['bytes_per_parameter']:.2f}"]
+        cells.append(str(len(row["seeds"])))
         cells.append(f"{row['loss']:.4f} ± {_number(row['loss_spread'], '.4f')}")
         if accuracy:
             cells.append(f"{100 * row['accuracy']:.2f} %")

@@ -51,6 +51,16 @@ class Trainer:
         """The condition's."""
         return self._condition.name
 
+    @property
+    def optimizer(self) -> str:
+        """The condition's."""
+        return self._condition.optimizer
+
+    @property
+    def workload(self) -> str:
+        """The workload's name."""
+        return self._workload.name
+
     def settings(self, seed: int) -> dict[str, Any]:
         """What decides a run's numbers, beside the code; "format" sums up the codecs.
 
