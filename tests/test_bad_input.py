@@ -171,3 +171,17 @@ def test_float16_weights_that_overflow(bits, finished, implementation):
     weights = np.asarray(optax_flash.master_params(params, state))
     assert not np.any(np.isfinite(weights[:, :32]))
     np.testing.assert_array_equal(weights[:, 32:], 2.0)
+
+
+@pytest.mark.parametrize("codecs", [None, "companded4", "affine8", "flashoptim"])
+def test_params_of_a_single_number(codecs):
+    params = {"scale": jnp.float32(2.0), "kernel": jnp.ones((4, 32))}
+    tx = optax_flash.compress(optax.sgd(0.5, momentum=0.5), codecs, min_size=1)
+    state = tx.init(params)
+    assert state.inner_state[0].trace["scale"].dtype == jnp.uint8
+    for expected in (-0.5, -0.75):
+        updates, state = jax.jit(tx.update)(
+            jax.tree.map(jnp.ones_like, params), state, params
+        )
+        # A number is the largest of its group, which every codec stores well.
+        assert updates["scale"] == pytest.approx(expected, rel=0.01)

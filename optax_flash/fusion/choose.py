@@ -20,6 +20,8 @@ def misfit(program: Program, implementation: str) -> str | None:
         return "it has 2**31 elements or more, and kernels count in 32 bits"
     if program.size == 0:
         return "it is empty"
+    if not program.shape:
+        return "it is a single number"
     if program.lanes & (program.lanes - 1):
         return f"groups of {program.lanes} are no power of two"
     for role, x in zip(program.inputs, program.jaxpr.invars, strict=True):

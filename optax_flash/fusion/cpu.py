@@ -38,6 +38,8 @@ def misfit(program: Program) -> str | None:
     """Why phases are of no use to a program; None if they are."""
     if not program.size:
         return "it is empty"
+    if not program.shape:
+        return "it is a single number"
     encodes = _encodes(program)
     if len(encodes) != 1:
         return "nothing is encoded" if not encodes else "it is encoded in parts"
@@ -133,7 +135,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
 
 
 IN_CACHE = 2**20
-"""Leaves of so many elements keep their values in float32 from phase to phase."""
+"""Leaves of so many elements keep values and random bits from phase to phase."""
 
 
 @functools.lru_cache(maxsize=4096)
