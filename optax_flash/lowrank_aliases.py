@@ -68,6 +68,10 @@ def lora_pre_adamw(
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"Loss: {f(params):.0f}")
       Loss: 3318
+      Loss: 2620
+      Loss: 2019
+      Loss: 1385
+      Loss: 851
 
     References:
       "Taming Momentum", arXiv 2602.24283.

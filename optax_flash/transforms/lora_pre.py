@@ -106,8 +106,8 @@ def scale_by_lora_pre(
       >>> state = tx.init({"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)})
       >>> state.mu_left["kernel"].shape, state.mu_right["kernel"].shape
       ((4, 64), (4, 32))
-      >>> state.mu
-      {'bias': Array([0., 0., ...], dtype=float32), 'kernel': MaskedNode()}
+      >>> state.mu["kernel"], state.mu["bias"].shape
+      (MaskedNode(), (32,))
 
     References:
       "Taming Momentum", arXiv 2602.24283, which has no public code. Damping, bound on
@@ -133,10 +133,10 @@ def scale_by_lora_pre(
 
     def update(
         updates: optax.Updates,
-        state: ScaleByLoraPreState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByLoraPreState]:
+    ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre: the gradients"
@@ -184,7 +184,7 @@ def _update_leaf(
     damping: Scalar,
     *,
     bias_correction: str,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """The update of a factored leaf, from its old factors, and the new ones."""
     decay1, decay2 = b1**0.5, b2**0.25
     if bias_correction == "paper":

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ def scale_by_lora_pre_muon(
     """
     _factors.check_rank("scale_by_lora_pre_muon", rank)
     # Without momentum of its own, optax's Muon is its Newton-Schulz iteration.
-    orthogonalize = optax.contrib.scale_by_muon(
+    newton_schulz = optax.contrib.scale_by_muon(
         ns_coeffs,
         ns_steps,
         beta=0.0,
@@ -102,6 +103,9 @@ def scale_by_lora_pre_muon(
             jax.tree.map, lambda _: optax.contrib.MuonDimensionNumbers(-2, -1)
         ),
     )
+
+    def orthogonalize(momenta: PyTree) -> PyTree:
+        return newton_schulz.update(momenta, newton_schulz.init(momenta))[0]
 
     def init(params: optax.Params) -> ScaleByLoraPreMuonState:
         _mirror.check_floating(params, "scale_by_lora_pre_muon")
@@ -115,10 +119,10 @@ def scale_by_lora_pre_muon(
 
     def update(
         updates: optax.Updates,
-        state: ScaleByLoraPreMuonState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByLoraPreMuonState]:
+    ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre_muon: the gradients"
@@ -134,11 +138,9 @@ def scale_by_lora_pre_muon(
             else:
                 mu = mus[i] = momentum * mus[i] + g
             results.append(momentum * mu + g if nesterov else mu)
-        momenta = treedef.unflatten(results)
-        orthogonal, _ = orthogonalize.update(momenta, orthogonalize.init(momenta))
         scaled = jax.tree.map(
             lambda u, g: (_shape_scale(g.shape, consistent_rms) * u).astype(g.dtype),
-            orthogonal,
+            _with_auto_axes(orthogonalize, treedef.unflatten(results)),
             updates,
         )
         return scaled, ScaleByLoraPreMuonState(
@@ -152,11 +154,19 @@ def scale_by_lora_pre_muon(
 @jax.jit
 def _update_factored(
     g: jax.Array, left: jax.Array, right: jax.Array, momentum: Scalar, damping: Scalar
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """The momentum, from its old factors, and the new ones."""
     mu = momentum * _newton.product(left, right) + g
     target = g / (1 - momentum)
     return mu, *_newton.newton_step(left, right, target, momentum**0.5, damping)
+
+
+def _with_auto_axes(f: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """Runs ``f``, which names no shardings, on arrays that may be on explicit axes."""
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
+    if all(s.is_fully_replicated for s in jax.tree.leaves(shardings)):
+        return f(tree)
+    return jax.sharding.auto_axes(f, out_sharding=shardings)(tree)
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms: Scalar | None) -> Scalar:
