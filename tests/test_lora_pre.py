@@ -193,7 +193,8 @@ def test_a_spike_does_not_go_beyond_itself():
     """Without a bound, gain**2 * g * g / m: 26 times the spike here."""
     g = np.outer(normal(48, 1), normal(64, 2)).astype(np.float32)
     _, state = run(scale_by_lora_pre(4), [g] * 100 + [1e4 * g])
-    assert np.linalg.norm(moment(state, "mu")) < 1.05e4 * np.linalg.norm(g)
+    gain = 1 - 0.9**0.5
+    assert np.linalg.norm(moment(state, "mu")) < (1 + gain) * 1e4 * np.linalg.norm(g)
 
 
 def test_gradients_may_come_back_after_thousands_of_zeros():
@@ -320,7 +321,11 @@ WRAPPERS = {
 @pytest.mark.parametrize("alias", ALIASES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_composes(alias, wrapper):
-    params, grads = make_params("bfloat16"), make_params("bfloat16", 1)
+    names = ("kernel", "wide", "bias", "empty")
+    params, grads = (
+        {k: v for k, v in make_params("bfloat16", seed).items() if k in names}
+        for seed in (0, 1)
+    )
     schedule = optax.linear_schedule(0.1, 0.01, 10)
     tx = WRAPPERS[wrapper](ALIASES[alias](schedule))
     state = tx.init(params)
@@ -338,7 +343,7 @@ def test_composes(alias, wrapper):
     if wrapper == "alone":
         mapped = optax.tree_map_params(tx, lambda x: x, state)
         chex.assert_trees_all_equal(mapped, state)
-        assert optax.tree.get(state, "mu_left")["stack"].dtype == jnp.float32
+        assert optax.tree.get(state, "mu_left")["kernel"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -348,9 +353,10 @@ def test_inject_hyperparams(alias):
     tx = optax.inject_hyperparams(factory, static, hyperparam_dtype=jnp.float32)(
         learning_rate=optax.linear_schedule(0.1, 0.0, 4), rank=8
     )
-    params = make_params()
+    params = {"kernel": make_params()["kernel"]}
+    plain = factory(0.1, 8)
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    expected, _ = factory(0.1, 8).update(params, factory(0.1, 8).init(params), params)
+    expected, _ = jax.jit(plain.update)(params, plain.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -53,7 +53,7 @@ def newton_step(
     target: jax.Array,
     decay: Scalar,
     damping: Scalar,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, Any]:
     r"""Moves both factors toward a target, each by what the other was before.
 
     .. math::
@@ -154,13 +154,13 @@ def _orthonormal(
     return basis, inverse * jnp.swapaxes(inverse_cholesky, -1, -2)
 
 
-def _bounded(step: jax.Array, limit: Scalar) -> jax.Array:
+def _bounded(step: Any, limit: Any) -> Any:
     """Shortens rows to a length.
 
     Both steps together add a term of second order, ``gain**2 * g * g / m`` for numbers.
     It is small while targets change slowly, and would be huge where the average is much
     smaller than its target: after a row of zero gradients, or at a spike. With right's
-    step at most 1 / gain, the product does not go beyond its target.
+    step at most 1 / gain, the product ends at most a share of gain beyond its target.
     """
     length = jnp.sqrt(jnp.sum(step * step, axis=-1, keepdims=True))
     return step * jnp.minimum(1.0, limit / jnp.maximum(length, SMALLEST))

@@ -119,12 +119,12 @@ def scale_by_lora_pre(
             f"scale_by_lora_pre: bias_correction is {bias_correction!r}; known are "
             f"{', '.join(map(repr, BIAS_CORRECTIONS))}."
         )
-    adam = optax.scale_by_adam(b1, b2, eps, eps_root)
+    adam: Any = optax.scale_by_adam(b1, b2, eps, eps_root)
 
     def init(params: optax.Params) -> ScaleByLoraPreState:
         _mirror.check_floating(params, "scale_by_lora_pre")
         factored = factored_leaves(params, rank, where)
-        dense = adam.init(without(params, factored))
+        dense: Any = adam.init(without(params, factored))
         mu_left, mu_right = init_factor_trees(params, factored, rank, "mu")
         nu_left, nu_right = init_factor_trees(params, factored, rank, "nu")
         return ScaleByLoraPreState(

@@ -172,7 +172,7 @@ def _with_auto_axes(f: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
 def _shape_scale(shape: tuple[int, ...], consistent_rms: Scalar | None) -> Scalar:
     p, q = shape[-2:]
     if consistent_rms is None:
-        return math.sqrt(max(1, q / p))
+        return math.sqrt(max(1, q / max(1, p)))
     return math.sqrt(max(p, q)) * consistent_rms
 
 

@@ -59,7 +59,9 @@ def collectives(text):
     found = []
     for shapes, name in COLLECTIVE.findall(text):
         sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
-        found += [(name, 4 * math.prod(int(n) for n in s.split(",") if n)) for s in sizes]
+        found += [
+            (name, 4 * math.prod(int(n) for n in s.split(",") if n)) for s in sizes
+        ]
     return found
 
 
@@ -69,9 +71,9 @@ def test_temporaries_and_kernels(dtype):
         optax_flash.lora_pre_adamw(1e-3, RANK), mesh_of(), (None, None), dtype
     )
     compiled = inspect(jitted, *arguments)
-    print(compiled)
-    factors = 4 * 4 * RANK * SIDE
-    assert compiled.temporaries < 2 * DENSE + 2 * factors + 64 * MEGABYTE
+    # Two dense float32 leaves, and what has the size of factors.
+    assert compiled.temporaries < 2 * DENSE + 8 * MEGABYTE
+    assert compiled.kernels.total() <= 68
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -86,6 +88,6 @@ def test_eight_gpus_exchange_no_more_than_factors(devices, spec, kind):
             optax_flash.lora_pre_adamw(1e-3, RANK), mesh, spec, jnp.bfloat16
         )
         found = collectives(jitted.lower(*arguments).compile().as_text())
-    print(found)
     assert {name for name, _ in found} == {"all-reduce"}
-    assert max(size for _, size in found) <= 4 * RANK * SIDE
+    # XLA sends a Gram matrix along with a factor.
+    assert max(size for _, size in found) <= 4 * RANK * (SIDE + RANK)
