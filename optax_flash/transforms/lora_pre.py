@@ -34,7 +34,7 @@ class ScaleByLoraPreState(NamedTuple):
       nu_right: # shape=(*batch, rank, q)
     """
 
-    count: jax.typing.ArrayLike
+    count: Any  # Not as jax.typing has it: a tuple has a method of that name.
     mu: PyTree
     nu: PyTree
     mu_left: PyTree
