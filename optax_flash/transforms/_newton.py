@@ -147,11 +147,31 @@ def _orthonormal(
     eye = jnp.eye(rank, dtype=jnp.float32)
     unit = gram * inverse * jnp.swapaxes(inverse, -1, -2)
     cholesky = jax.lax.linalg.cholesky(unit + damping * eye, symmetrize_input=False)
-    inverse_cholesky = jax.lax.linalg.triangular_solve(
-        cholesky, jnp.broadcast_to(eye, unit.shape), left_side=True, lower=True
+    inverse_cholesky = jax.lax.platform_dependent(
+        cholesky, cpu=_inverse_in_halves, default=_inverse_by_solving
     )
     basis = _contract("rs,sn->rn", inverse_cholesky, inverse * factor, HIGHEST)
     return basis, inverse * jnp.swapaxes(inverse_cholesky, -1, -2)
+
+
+def _inverse_by_solving(c: jax.Array) -> jax.Array:
+    """The inverse of a lower triangle."""
+    eye = jnp.broadcast_to(jnp.eye(c.shape[-1], dtype=c.dtype), c.shape)
+    return jax.lax.linalg.triangular_solve(c, eye, left_side=True, lower=True)
+
+
+def _inverse_in_halves(c: jax.Array) -> jax.Array:
+    """The same by products of halves, for CPUs: there a large solve takes longest."""
+    if c.shape[-1] <= 32:
+        return _inverse_by_solving(c)
+    half = c.shape[-1] // 2
+    top = _inverse_in_halves(c[..., :half, :half])
+    bottom = _inverse_in_halves(c[..., half:, half:])
+    corner = _contract("rs,sn->rn", c[..., half:, :half], top, HIGHEST)
+    corner = -_contract("rs,sn->rn", bottom, corner, HIGHEST)
+    upper = jnp.concatenate([top, jnp.zeros_like(c[..., :half, half:])], axis=-1)
+    lower = jnp.concatenate([corner, bottom], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def _bounded(step: Any, limit: Any) -> Any:
