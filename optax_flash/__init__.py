@@ -15,6 +15,8 @@ from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
 from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
+from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw
+from optax_flash.lowrank_aliases import lora_pre_muon as lora_pre_muon
 from optax_flash.memory import MemoryReport as MemoryReport
 from optax_flash.memory import memory_report as memory_report
 from optax_flash.numerics.affine import Affine4 as Affine4
@@ -31,6 +33,14 @@ from optax_flash.report import numerics_report as numerics_report
 from optax_flash.transforms.compress import CompressState as CompressState
 from optax_flash.transforms.compress import compress as compress
 from optax_flash.transforms.finished import FinishedParam as FinishedParam
+from optax_flash.transforms.lora_pre import ScaleByLoraPreState as ScaleByLoraPreState
+from optax_flash.transforms.lora_pre import scale_by_lora_pre as scale_by_lora_pre
+from optax_flash.transforms.lora_pre_muon import (
+    ScaleByLoraPreMuonState as ScaleByLoraPreMuonState,
+)
+from optax_flash.transforms.lora_pre_muon import (
+    scale_by_lora_pre_muon as scale_by_lora_pre_muon,
+)
 from optax_flash.transforms.master_weights import (
     MasterWeightsState as MasterWeightsState,
 )

@@ -77,12 +77,12 @@ def adamw8(
     """
     return compress(
         optax.adamw(
-            _number(learning_rate),
-            b1=_rate("b1", b1),
-            b2=_rate("b2", b2),
-            eps=_number(eps),
-            eps_root=_number(eps_root),
-            weight_decay=_number(weight_decay),
+            number(learning_rate),
+            b1=rate("b1", b1),
+            b2=rate("b2", b2),
+            eps=number(eps),
+            eps_root=number(eps_root),
+            weight_decay=number(weight_decay),
             mask=mask,
             nesterov=nesterov,
         ),
@@ -117,11 +117,11 @@ def adam8(
     """
     return compress(
         optax.adam(
-            _number(learning_rate),
-            b1=_rate("b1", b1),
-            b2=_rate("b2", b2),
-            eps=_number(eps),
-            eps_root=_number(eps_root),
+            number(learning_rate),
+            b1=rate("b1", b1),
+            b2=rate("b2", b2),
+            eps=number(eps),
+            eps_root=number(eps_root),
             nesterov=nesterov,
         ),
         codecs,
@@ -173,10 +173,10 @@ def lion8(
     """
     return compress(
         optax.lion(
-            _number(learning_rate),
-            b1=_rate("b1", b1),
-            b2=_rate("b2", b2),
-            weight_decay=_number(weight_decay),
+            number(learning_rate),
+            b1=rate("b1", b1),
+            b2=rate("b2", b2),
+            weight_decay=number(weight_decay),
             mask=mask,
         ),
         codecs,
@@ -220,9 +220,9 @@ def sgd8(
       learning", 2013.
     """
     if momentum is not None:
-        momentum = _rate("momentum", momentum)
+        momentum = rate("momentum", momentum)
     return compress(
-        optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov),
+        optax.sgd(number(learning_rate), momentum=momentum, nesterov=nesterov),
         codecs,
         implementation=implementation,
     )
@@ -380,10 +380,10 @@ def scale_by_adam8(
     """
     return compress(
         optax.scale_by_adam(
-            b1=_rate("b1", b1),
-            b2=_rate("b2", b2),
-            eps=_number(eps),
-            eps_root=_number(eps_root),
+            b1=rate("b1", b1),
+            b2=rate("b2", b2),
+            eps=number(eps),
+            eps_root=number(eps_root),
             nesterov=nesterov,
         ),
         codecs,
@@ -405,7 +405,7 @@ def scale_by_lion8(
       >>> tx = optax.chain(optax_flash.scale_by_lion8(), optax.scale(-1e-4))
     """
     return compress(
-        optax.scale_by_lion(b1=_rate("b1", b1), b2=_rate("b2", b2)),
+        optax.scale_by_lion(b1=rate("b1", b1), b2=rate("b2", b2)),
         codecs,
         implementation=implementation,
     )
@@ -425,18 +425,18 @@ def trace8(
       >>> tx = optax.chain(optax_flash.trace8(0.9), optax.scale(-0.1))
     """
     return compress(
-        optax.trace(_rate("decay", decay), nesterov=nesterov),
+        optax.trace(rate("decay", decay), nesterov=nesterov),
         codecs,
         implementation=implementation,
     )
 
 
-def _number(x: Any) -> Any:
+def number(x: Any) -> Any:
     """A hyperparameter in float32, where it came as a half-precision array."""
     return x.astype(jnp.float32) if _is_half(x) else x
 
 
-def _rate(name: str, x: Any) -> Any:
+def rate(name: str, x: Any) -> Any:
     """A decay rate, which half precision would have spoiled already."""
     if _is_half(x):
         raise ValueError(

@@ -106,7 +106,7 @@ def _state_shardings(
 
     def shardings(part: _mirror.Mirror) -> PyTree:
         fitted = [
-            _fit(p.sharding, x) if hasattr(x, "shape") else x
+            _fit(_of_factor(p, part.name), x) if hasattr(x, "shape") else x
             for p, x in zip(jax.tree.leaves(params), part.entries, strict=True)
         ]
         return part.rebuild(fitted)
@@ -117,6 +117,19 @@ def _state_shardings(
             for part in parts
         ]
     )
+
+
+def _of_factor(param: Any, name: str) -> Any:
+    """A param's sharding, as the factor (*batch, rank, side) in a field has it.
+
+    Such a field is called ``mu_left`` or the like, see _factors.
+    """
+    side = -2 if "_left" in name else -1 if "_right" in name else None
+    if side is None or not isinstance(param.sharding, NamedSharding) or param.ndim < 2:
+        return param.sharding
+    spec = (*param.sharding.spec, *(None,) * param.ndim)[: param.ndim]
+    spec = PartitionSpec(*spec[:-2], None, spec[side])
+    return NamedSharding(param.sharding.mesh, spec)
 
 
 def _fit(sharding: Any, x: jax.ShapeDtypeStruct) -> Any:

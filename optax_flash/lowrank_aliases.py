@@ -1,0 +1,203 @@
+"""Optimizers with low-rank moments, by name. What is not factored is in 8-bit codes."""
+
+from typing import Any
+
+import jax
+import optax
+
+from optax_flash.aliases import Mask, Scalar, number, rate
+from optax_flash.transforms import _mirror
+from optax_flash.transforms._factors import Rank, Where, check_rank
+from optax_flash.transforms.compress import Codecs, compress
+from optax_flash.transforms.lora_pre import DAMPING, scale_by_lora_pre
+from optax_flash.transforms.lora_pre_muon import NS_COEFFS, scale_by_lora_pre_muon
+
+
+def lora_pre_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    damping: Scalar = DAMPING,
+    bias_correction: str = "matched",
+    where: Where = None,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with low-rank moments for matrices and 8-bit moments for all else.
+
+    ``compress(chain(scale_by_lora_pre, add_decayed_weights, scale_by_learning_rate))``.
+    A matrix (p, q) takes 2 rank (p + q) numbers instead of 2 p q.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added outside of the square root.
+      eps_root: added inside of it.
+      weight_decay: multiplied by the learning rate.
+      mask: tree of booleans, or a function of the params that gives one: which params
+        decay.
+      damping: see :func:`scale_by_lora_pre`.
+      bias_correction: see :func:`scale_by_lora_pre`.
+      where: which leaves may be factored, by their path. The paper leaves embeddings
+        and the head to Adam: ``lambda path: "embed" not in path``.
+      codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: see :func:`scale_by_lora_pre`; a decay rate in half precision.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_flash
+      >>> f = lambda x: jnp.sum(x ** 2)
+      >>> params = jnp.ones((64, 64))
+      >>> tx = optax_flash.lora_pre_adamw(0.1, rank=8)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"Loss: {f(params):.0f}")
+      Loss: 3318
+      Loss: 2620
+      Loss: 2019
+      Loss: 1385
+      Loss: 851
+
+    References:
+      "Taming Momentum", arXiv 2602.24283.
+    """
+    return compress(
+        optax.chain(
+            scale_by_lora_pre(
+                rank,
+                rate("b1", b1),
+                rate("b2", b2),
+                number(eps),
+                number(eps_root),
+                damping=number(damping),
+                bias_correction=bias_correction,
+                where=where,
+            ),
+            optax.add_decayed_weights(number(weight_decay), mask),
+            optax.scale_by_learning_rate(number(learning_rate)),
+        ),
+        codecs,
+        implementation=implementation,
+    )
+
+
+def lora_pre_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    momentum: Scalar = 0.95,
+    *,
+    nesterov: bool = False,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    mask: Mask = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.999,
+    adam_eps_root: Scalar = 0.0,
+    adam_weight_decay: Scalar = 0.0,
+    consistent_rms: Scalar | None = None,
+    damping: Scalar = DAMPING,
+    where: Where = None,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with a low-rank momentum for matrices; AdamW with 8-bit moments for others.
+
+    A matrix (p, q) takes rank (p + q) numbers. One that is too small for the rank is
+    still Muon's, with its whole momentum in codes. Leaves of more than two axes are
+    batches of matrices; ``optax.contrib.muon`` gives those to Adam.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+      momentum: see :func:`scale_by_lora_pre_muon`, as for the next four.
+      nesterov: use Nesterov momentum.
+      ns_coeffs: of the Newton-Schulz iteration.
+      ns_steps: how many iterations.
+      eps: for the norm of a momentum, and for Adam.
+      weight_decay: of Muon's leaves, multiplied by the learning rate.
+      mask: which of Muon's leaves decay.
+      adam_learning_rate: None takes ``learning_rate``.
+      adam_b1: decay rate of Adam's first moment.
+      adam_b2: decay rate of its second.
+      adam_eps_root: added inside of its square root.
+      adam_weight_decay: of Adam's leaves.
+      consistent_rms: see :func:`scale_by_lora_pre_muon`.
+      damping: see :func:`scale_by_lora_pre`.
+      where: which leaves of two axes or more are Muon's, by their path; None: all. Keep
+        embeddings and the head out of it.
+      codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: see :func:`scale_by_lora_pre_muon`; a decay rate in half precision.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+      >>> tx = optax_flash.lora_pre_muon(0.02, rank=8)
+      >>> state = tx.init(params)
+      >>> optax.tree.get(state, "mu_left")["kernel"].shape
+      (8, 64)
+
+    References:
+      "Taming Momentum", arXiv 2602.24283, and Jordan, "Muon", 2024.
+    """
+    check_rank("lora_pre_muon", rank)
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+
+    def label(path: tuple[Any, ...], x: jax.Array) -> str:
+        chosen = x.ndim >= 2 and (where is None or where(_mirror.path_str(path)))
+        return "muon" if chosen else "adam"
+
+    muon = optax.chain(
+        scale_by_lora_pre_muon(
+            rank,
+            rate("momentum", momentum),
+            nesterov=nesterov,
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            eps=number(eps),
+            consistent_rms=number(consistent_rms),
+            damping=number(damping),
+        ),
+        optax.add_decayed_weights(number(weight_decay), mask),
+        optax.scale_by_learning_rate(number(learning_rate)),
+    )
+    adam = optax.adamw(
+        number(adam_learning_rate),
+        b1=rate("adam_b1", adam_b1),
+        b2=rate("adam_b2", adam_b2),
+        eps=number(eps),
+        eps_root=number(adam_eps_root),
+        weight_decay=number(adam_weight_decay),
+    )
+    return compress(
+        optax.partition(
+            {"muon": muon, "adam": adam},
+            lambda params: jax.tree_util.tree_map_with_path(label, params),
+        ),
+        codecs,
+        implementation=implementation,
+    )
