@@ -70,8 +70,10 @@ NOTES = """\
   loss of 2.855 ± 0.008 as it is and of 2.863 ± 0.009 (+0.28 %) with m2 in codes.
 - AMSGrad's nu is in codes by default, since the losses do not differ. Where smaller
   steps matter, `compress(optax.amsgrad(...), {"nu": None})` avoids them.
-- L-BFGS keeps several arrays for each param, GaLore smaller ones. Only arrays of the
-  param's shape are compressed. For GaLore, compress the base optimizer.
+- L-BFGS keeps several arrays for each param, GaLore smaller ones. Arrays of another
+  shape than their param's are compressed only where `codecs` names their field. For
+  GaLore, compress the base optimizer.
+- Adafactor's momentum in 4 bits, and what the rest costs: [adafactor.md](adafactor.md).
 - `contrib.dpsgd` takes a gradient for each example: aggregate before `compress`.
 - A field that nobody knows is compressed when it is named, as in
   `compress(optax.contrib.prodigy(), {"grad_sum": "companded8"})`.

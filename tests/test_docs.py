@@ -12,7 +12,9 @@ BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("page, count", [("kernels.md", 2), ("numerics.md", 2)])
+@pytest.mark.parametrize(
+    "page, count", [("kernels.md", 2), ("numerics.md", 2), ("adafactor.md", 5)]
+)
 def test_page_runs(page, count, capsys):
     text = (DOCS / page).read_text()
     blocks = BLOCK.findall(text)

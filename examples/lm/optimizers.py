@@ -29,6 +29,21 @@ def plain(make, **options):
     return lambda lr, decay: make(lr, **options)
 
 
+def factored_adamw(lr, decay):
+    """AdamW, its second moment in averages of rows and columns: docs/adafactor.md."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(0.9),
+        optax.add_decayed_weights(decay, matrices),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def compressed(make, codecs):
+    return lambda lr, decay: optax_flash.compress(make(lr, decay), codecs)
+
+
 OPTIMIZERS = {
     "adamw": (adamw(optax.adamw), 2e-3),
     "adam": (plain(optax.adam, b2=0.95), 2e-3),
@@ -37,15 +52,18 @@ OPTIMIZERS = {
     "sgd": (plain(optax.sgd, momentum=0.9), 0.3),
     "rmsprop": (plain(optax.rmsprop, decay=0.95), 2e-3),
     "adafactor": (plain(optax.adafactor), 1e-2),
+    "factored_adamw": (factored_adamw, 2e-3),
     # The same, with their state in 8 or 4 bits.
     "adamw8": (adamw(optax_flash.adamw8), 2e-3),
     "adam8": (plain(optax_flash.adam8, b2=0.95), 2e-3),
     "lion8": (lion(optax_flash.lion8), 1e-3),
     "sgd8": (plain(optax_flash.sgd8, momentum=0.9), 0.3),
+    "factored_adamw8": (compressed(factored_adamw, "companded8"), 2e-3),
     "adamw4": (adamw(optax_flash.adamw4), 2e-3),
     "adam4": (plain(optax_flash.adam4, b2=0.95), 2e-3),
     "lion4": (lion(optax_flash.lion4), 1e-3),
     "sgd4": (plain(optax_flash.sgd4, momentum=0.9), 0.3),
+    "factored_adamw4": (compressed(factored_adamw, "companded4"), 2e-3),
 }
 
 

@@ -6,6 +6,7 @@ first, so that codecs group neighbours of one component, which are of one size, 
 that a factor's last axis is sharded like one axis of its param.
 """
 
+import re
 import zlib
 from collections.abc import Callable
 
@@ -37,6 +38,15 @@ def check_rank(name: str, rank: Rank) -> None:
 def rank_of(shape: tuple[int, ...], rank: Rank) -> int:
     """The rank for a leaf of two axes or more: a count, or a share of the smaller."""
     return max(1, round(rank * min(shape[-2:]))) if isinstance(rank, float) else rank
+
+
+def side_of(field: str) -> str | None:
+    """``"left"`` or ``"right"`` where a field, or its scales, is named after a side.
+
+    So ``"mu_left"`` is, and ``"nu_right_1_scales"``.
+    """
+    found = re.search(r"_(left|right)(_\d+)?(_scales)?$", field)
+    return found and found[1]
 
 
 def product(left: jax.Array, right: jax.Array) -> jax.Array:

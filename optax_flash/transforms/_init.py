@@ -1,7 +1,9 @@
 """Making an optimizer state without its uncompressed form ever being in memory."""
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _factors, _mirror
 
 PyTree = Any
 
@@ -21,7 +23,7 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
     Outside of jit a wrapped optimizer's float32 moments would all be made before the
     first is encoded: 8 bytes a parameter for Adam, at the moment when memory is
     scarcest. Under jit only the codes are. The state is sharded like the params, as
-    ``jnp.zeros_like`` does outside of jit.
+    ``jnp.zeros_like`` does outside of jit; factors are, along the axes that they share.
     """
 
     @functools.wraps(init)
@@ -106,7 +108,7 @@ def _state_shardings(
 
     def shardings(part: _mirror.Mirror) -> PyTree:
         fitted = [
-            _fit(_of_factor(p, part.name), x) if hasattr(x, "shape") else x
+            _fit(p.sharding, part.name, p.shape, x.shape) if hasattr(x, "shape") else x
             for p, x in zip(jax.tree.leaves(params), part.entries, strict=True)
         ]
         return part.rebuild(fitted)
@@ -119,30 +121,38 @@ def _state_shardings(
     )
 
 
-def _of_factor(param: Any, name: str) -> Any:
-    """A param's sharding, as the factor (*batch, rank, side) in a field has it.
-
-    Such a field is called ``mu_left`` or the like, see _factors.
-    """
-    side = -2 if "_left" in name else -1 if "_right" in name else None
-    if side is None or not isinstance(param.sharding, NamedSharding) or param.ndim < 2:
-        return param.sharding
-    spec = (*param.sharding.spec, *(None,) * param.ndim)[: param.ndim]
-    spec = PartitionSpec(*spec[:-2], None, spec[side])
-    return NamedSharding(param.sharding.mesh, spec)
-
-
-def _fit(sharding: Any, x: jax.ShapeDtypeStruct) -> Any:
+def _fit(
+    sharding: Any, field: str, shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> Any:
     """A param's sharding for a state leaf; axes that do not divide are replicated."""
     if not isinstance(sharding, NamedSharding):
         return None
-    if len(x.shape) < len(sharding.spec):
-        return NamedSharding(sharding.mesh, PartitionSpec())
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     entries = []
-    for axis, entry in enumerate(sharding.spec):
+    for size, axis in zip(state_shape, _axes(field, shape, state_shape), strict=True):
+        entry = None if axis is None else spec[axis]
         names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        shards = 1
-        for name in names:
-            shards *= sharding.mesh.shape[name]
-        entries.append(entry if x.shape[axis] % shards == 0 else None)
+        shards = math.prod(sharding.mesh.shape[name] for name in names)
+        entries.append(None if size % shards else entry)
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+def _axes(
+    field: str, shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> Sequence[int | None]:
+    """The axis of the param along which each axis of a state leaf lies, or None."""
+    n, more = len(shape), len(state_shape) - len(shape)
+    side = _factors.side_of(field)
+    if side and n > 1 and not more:
+        # (*batch, rank, p) or (*batch, rank, q) of (*batch, p, q), and their scales.
+        return [*range(n - 2), None, n - 2 if side == "left" else n - 1]
+    if more >= 0 and state_shape[more:-1] == shape[:-1]:
+        # Rows like the param's: an array like it, its codes or its scales.
+        return [*[None] * more, *range(n)]
+    # Some axes were reduced, but equal ones cannot be told apart.
+    kept = [
+        axes
+        for axes in itertools.combinations(range(n), len(state_shape))
+        if tuple(shape[axis] for axis in axes) == state_shape
+    ]
+    return kept[0] if len(kept) == 1 else [None] * len(state_shape)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,8 +20,23 @@ Codecs = str | Codec | Mapping[str, str | Codec | None] | None
 
 SIGNED_FIELDS = frozenset(
     {"mu", "trace", "m", "momentum", "ema", "exp_avg", "previous_gradient"}
+    | {"mu_left", "mu_right", "nu_left", "nu_right"}
 )
-UNSIGNED_FIELDS = frozenset({"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq"})
+UNSIGNED_FIELDS = frozenset(
+    {"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq", "v_row", "v_col"}
+)
+FACTOR_FIELDS: Mapping[str, bool] = MappingProxyType(
+    {
+        "mu_left": False,
+        "mu_right": False,
+        "nu_left": False,
+        "nu_right": False,
+        "v_row": False,
+        "v_col": False,
+    }
+)
+"""Fields of factors, which are smaller than their params: whether they are in codes
+where ``codecs`` does not name them."""
 FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
     {
         # Adan's v averages differences of gradients; its second moment is n.
@@ -113,14 +127,21 @@ class Rules:
         self, field: Field, path: str, shape: tuple[int, ...], x: Any
     ) -> Codec | None:
         """The codec for a new entry ``x`` of a param of ``shape``."""
-        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-        if not is_float or x.shape != shape or not self.is_large(shape):
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
             return None
-        return self.codec(field, path)
+        codec = self.codec(field, path)
+        fits = (
+            codec is not None
+            and x.size >= max(self.min_size, 1)
+            and (x.shape == shape or self.takes_factors(field))
+            and x.shape == coded_shape(codec, codec.codes_shape(x.shape), shape)
+        )
+        return codec if fits else None
 
-    def is_large(self, shape: tuple[int, ...]) -> bool:
-        """Whether a param has enough elements to be compressed."""
-        return math.prod(shape) >= max(self.min_size, 1)
+    def takes_factors(self, field: Field) -> bool:
+        """Whether entries that are not shaped like their params are put in codes."""
+        named = any(key == field.kind for key, _ in self.patterns)
+        return named or FACTOR_FIELDS.get(field.kind, False)
 
     def check_fields(self, inner: optax.GradientTransformation, params: PyTree) -> None:
         """Raises where a key of ``codecs`` names a field that is not there."""
@@ -145,7 +166,7 @@ class Rules:
                 if codec is None:
                     return None
                 return codec.signed if known is None else known
-        return known
+        return known if FACTOR_FIELDS.get(mirror.name, True) else None
 
     @staticmethod
     def _known(mirror: _mirror.Mirror) -> bool | None:
@@ -155,6 +176,20 @@ class Rules:
         if mirror.name in SIGNED_FIELDS:
             return True
         return False if mirror.name in UNSIGNED_FIELDS else None
+
+
+def coded_shape(
+    codec: Codec, codes_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of the array that codes stand for.
+
+    It is the param's ``shape`` where the codes may be of such an array; if not, every
+    byte is full. What this would not get right is not put in codes: with 4 bits, rows
+    of odd length that are not the param's.
+    """
+    if codes_shape == codec.codes_shape(shape):
+        return shape
+    return *codes_shape[:-1], *(n * codec.codes_per_byte for n in codes_shape[-1:])
 
 
 def _is_pattern(key: str) -> bool:

@@ -13,7 +13,7 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import _init, _mirror, _records
-from optax_flash.transforms._rules import Codecs, Field, Rules
+from optax_flash.transforms._rules import Codecs, Field, Rules, coded_shape
 
 PyTree = Any
 
@@ -24,7 +24,7 @@ class CompressState(NamedTuple):
     Attributes:
       step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
       inner_state: the wrapped transformation's own state. In a compressed leaf's
-        place are its codes. # uint8, shape of the param; with 4 bits (*rows, n / 2)
+        place are its codes. # uint8, shape of the leaf; with 4 bits (*rows, n / 2)
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
         params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
         compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
@@ -53,9 +53,10 @@ def compress(
 
     Found are the parts of the state that mirror the params. Field names choose the
     codec: ``mu``, ``trace``, ``m`` and other momenta are signed; ``nu``, ``v``,
-    ``sum_of_squares`` and other second moments are not. Fields that nobody knows,
-    leaves under ``min_size`` elements and leaves whose shape is not their param's stay
-    as they are. Global shapes decide, so sharding does not change the numbers.
+    ``sum_of_squares`` and other second moments are not. Fields that nobody knows and
+    arrays under ``min_size`` elements stay as they are. So do arrays that are not
+    shaped like their param, such as low-rank factors, unless ``codecs`` names their
+    field. Global shapes decide, so sharding does not change the numbers.
 
     Args:
       inner: the transformation, for example ``optax.adamw(1e-3)``. It sees params and
@@ -65,7 +66,8 @@ def compress(
         fields that are not known) or patterns of ``"param/path/field"`` with wildcards
         (``"*embed*"``, ``"layers/0/*/mu"``); its values are codecs, names, or None for
         "leave it". The first key that fits decides.
-      min_size: leaves with fewer elements are not compressed.
+      min_size: arrays with fewer elements are not compressed. (Nor are, in 4 bits,
+        factors with rows of odd length: their codes would not tell their shape.)
       implementation: ``"xla"``, ``"pallas"`` or ``"triton"`` runs every leaf so, or
         raises; None takes the best that fits, see :func:`optax_flash.explain`.
 
@@ -133,7 +135,7 @@ def compress(
             state: PyTree,
             params: optax.Params | None,
         ) -> tuple[optax.Updates, PyTree]:
-            inner_state, codecs = _decode(rules, state, updates, paths)
+            inner_state, bundles = _decode(rules, state, updates, paths)
             new_updates, inner_state = inner.update(
                 jax.tree.map(_init.like_float32, updates),
                 inner_state,
@@ -142,7 +144,7 @@ def compress(
             )
             new_updates = jax.tree.map(_like, new_updates, updates)
             return new_updates, _encode(
-                rules, codecs, inner_state, updates, paths, start, state
+                rules, bundles, inner_state, updates, start, state
             )
 
         return run.run(
@@ -188,9 +190,28 @@ def in_codes(rules: Rules, state: CompressState, params: PyTree) -> Iterator[InC
         scales = _mirror.entries(state.scales[field.key], params)
         rows = zip(paths, shapes, parts[field.part].entries, scales, strict=True)
         for path, shape, x, scale in rows:
-            codec = _codec_of_state(rules, field, path, shape, x, scale)
-            if codec is not None:
+            stored = _stored(rules, field, path, shape, x, scale)
+            if stored is not None:
+                codec, shape = stored
                 yield InCodes(f"{path}/{field.name}", shape, codec, x, scale)
+
+
+class _Bundle(NamedTuple):
+    """Entries of one param that are decoded, and encoded, by one op.
+
+    Attributes:
+      name: the random bits depend on it.
+      param: its index.
+      fields: the indices of the entries' fields.
+      codecs: of each field.
+      shape: of each entry.
+    """
+
+    name: str
+    param: int
+    fields: tuple[int, ...]
+    codecs: tuple[Codec, ...]
+    shape: tuple[int, ...]
 
 
 def _codecs_at_init(
@@ -234,10 +255,9 @@ def _encode_new(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressSt
 
 def _encode(
     rules: Rules,
-    codecs: list[list[Codec | None]],
+    bundles: list[_Bundle],
     inner_state: PyTree,
     params: PyTree,
-    paths: list[str],
     start: jax.Array,
     old: CompressState,
 ) -> CompressState:
@@ -247,13 +267,11 @@ def _encode(
     structure = jax.tree.structure(params)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
-    shapes = [p.shape for p in jax.tree.leaves(params)]
-    for i, stored in _rows(codecs):
-        encode = ops.Encode(tuple(stored.values()), shapes[i])
-        arrays = [values[j][i] for j in stored]
-        encoded = encode(start, hashing.salt(paths[i]), *arrays)
-        for n, j in enumerate(stored):
-            values[j][i], scales[j][i] = encoded[n], encoded[n + len(stored)]
+    for name, i, of_param, codecs, shape in bundles:
+        arrays = [values[j][i] for j in of_param]
+        encoded = ops.Encode(codecs, shape)(start, hashing.salt(name), *arrays)
+        for n, j in enumerate(of_param):
+            values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
     return CompressState(
@@ -268,29 +286,30 @@ def _encode(
 
 def _decode(
     rules: Rules, state: CompressState, updates: optax.Updates, paths: list[str]
-) -> tuple[PyTree, list[list[Codec | None]]]:
-    """The state that ``inner`` knows; and for each field, the codec of each entry."""
+) -> tuple[PyTree, list[_Bundle]]:
+    """The state that ``inner`` knows; and what of it is stored in codes."""
     parts, join = _checked_parts(rules, state, updates)
     fields = rules.fields(parts)
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
     shapes = [u.shape for u in jax.tree.leaves(updates)]
-    codecs = [
+    stored = [
         [
-            _codec_of_state(rules, field, path, shape, x, scale)
+            _stored(rules, field, path, shape, x, scale)
             for path, shape, x, scale in zip(paths, shapes, *columns, strict=True)
         ]
         for field, *columns in zip(fields, values, scales, strict=True)
     ]
-    for i, stored in _rows(codecs):
-        decode = ops.Decode(tuple(stored.values()), shapes[i])
-        codes, of_codes = [values[j][i] for j in stored], [scales[j][i] for j in stored]
-        for j, x in zip(stored, decode(*codes, *of_codes), strict=True):
+    bundles = _bundles(stored, fields, paths, shapes)
+    for _, i, of_param, codecs, shape in bundles:
+        codes = [columns[j][i] for columns in (values, scales) for j in of_param]
+        arrays = ops.Decode(codecs, shape)(*codes)
+        for j, x in zip(of_param, arrays, strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
-    return join(_trees(parts)), codecs
+    return join(_trees(parts)), bundles
 
 
 def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:
@@ -308,25 +327,36 @@ def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -
     return parts, join
 
 
-def _codec_of_state(
+class _Stored(NamedTuple):
+    """An entry in codes: by which codec, and the shape of the array they stand for."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+
+
+def _stored(
     rules: Rules, field: Field, path: str, shape: tuple[int, ...], x: Any, scale: Any
-) -> Codec | None:
-    """The codec in which the state holds an entry, checked against the rules."""
+) -> _Stored | None:
+    """How the state holds an entry of a param of ``shape``, checked against the rules.
+
+    None where it holds the array itself, or nothing.
+    """
     if not hasattr(x, "dtype"):
         return None
     codec = rules.codec(field, path)
     if x.dtype != jnp.uint8:
-        # Inside shard_map shapes are local, so a large param may look small, never the
+        # Inside shard_map shapes are local, so a large array may look small, never the
         # other way round.
-        if codec is None or x.shape != shape or not rules.is_large(shape):
+        if rules.codec_at_init(field, path, shape, x) is None:
             return None
-    elif (
-        codec is not None
-        and x.shape == codec.codes_shape(shape)
-        and scale.shape == codec.scales_shape(shape)
-        and scale.dtype == codec.scale_dtype
-    ):
-        return codec
+    elif codec is not None:
+        found = coded_shape(codec, x.shape, shape)
+        if (
+            (found == shape or rules.takes_factors(field))
+            and scale.shape == codec.scales_shape(found)
+            and scale.dtype == codec.scale_dtype
+        ):
+            return _Stored(codec, found)
     raise ValueError(
         f"compress: '{path}/{field.name}' is stored as {x.dtype}{list(x.shape)} with "
         f"scales {scale.dtype}{list(scale.shape)}, but a param of shape {list(shape)} "
@@ -335,14 +365,25 @@ def _codec_of_state(
     )
 
 
-def _rows(codecs: list[list[Codec | None]]) -> list[tuple[int, dict[int, Codec]]]:
-    """The params that have something in codes, each with its fields' codecs."""
-    rows = []
-    for i, of_param in enumerate(zip(*codecs, strict=True)):
-        stored = {j: codec for j, codec in enumerate(of_param) if codec is not None}
-        if stored:
-            rows.append((i, stored))
-    return rows
+def _bundles(
+    stored: list[list[_Stored | None]],
+    fields: list[Field],
+    paths: list[str],
+    shapes: list[tuple[int, ...]],
+) -> list[_Bundle]:
+    """All entries in codes: a param's, if shaped like it, together; others alone."""
+    bundles = []
+    for i, of_param in enumerate(zip(*stored, strict=True)):
+        present = [(j, *entry) for j, entry in enumerate(of_param) if entry]
+        alike = [(j, codec) for j, codec, shape in present if shape == shapes[i]]
+        if alike:
+            js, codecs = zip(*alike, strict=True)
+            bundles.append(_Bundle(paths[i], i, js, codecs, shapes[i]))
+        for j, codec, shape in present:
+            if shape != shapes[i]:
+                name = f"{paths[i]}/{fields[j].name}"
+                bundles.append(_Bundle(name, i, (j,), (codec,), shape))
+    return bundles
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -366,17 +407,17 @@ def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -
     parts, _ = _mirror.split_state(state, params)
     codecs = _codecs_at_init(rules, state, params)
     paths = _mirror.leaf_paths(params)
-    shapes = [p.shape for p in jax.tree.leaves(params)]
     for field, column in zip(rules.fields(parts), codecs, strict=True):
-        for path, shape, codec in zip(paths, shapes, column, strict=True):
+        entries = parts[field.part].entries
+        for path, x, codec in zip(paths, entries, column, strict=True):
             if codec is not None:
-                scale_bytes = jnp.dtype(codec.scale_dtype).itemsize
+                scales = math.prod(codec.scales_shape(x.shape))
                 _records.add(
                     _records.Record(
                         path=path,
                         field=field.name,
                         codec=repr(codec),
-                        code_bytes=math.prod(codec.codes_shape(shape)),
-                        scale_bytes=math.prod(codec.scales_shape(shape)) * scale_bytes,
+                        code_bytes=math.prod(codec.codes_shape(x.shape)),
+                        scale_bytes=scales * jnp.dtype(codec.scale_dtype).itemsize,
                     )
                 )
