@@ -15,6 +15,7 @@ from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
 from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
+from optax_flash.lowrank_aliases import lowrank_adamw as lowrank_adamw
 from optax_flash.memory import MemoryReport as MemoryReport
 from optax_flash.memory import memory_report as memory_report
 from optax_flash.numerics.affine import Affine4 as Affine4
@@ -31,6 +32,10 @@ from optax_flash.report import numerics_report as numerics_report
 from optax_flash.transforms.compress import CompressState as CompressState
 from optax_flash.transforms.compress import compress as compress
 from optax_flash.transforms.finished import FinishedParam as FinishedParam
+from optax_flash.transforms.lowrank_adam import LowRankAdamState as LowRankAdamState
+from optax_flash.transforms.lowrank_adam import (
+    scale_by_lowrank_adam as scale_by_lowrank_adam,
+)
 from optax_flash.transforms.master_weights import (
     MasterWeightsState as MasterWeightsState,
 )
