@@ -10,6 +10,7 @@ from optax_flash.aliases import scale_by_adam8 as scale_by_adam8
 from optax_flash.aliases import scale_by_lion8 as scale_by_lion8
 from optax_flash.aliases import sgd4 as sgd4
 from optax_flash.aliases import sgd8 as sgd8
+from optax_flash.aliases import tamed_adamw8 as tamed_adamw8
 from optax_flash.aliases import trace8 as trace8
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
@@ -46,5 +47,7 @@ from optax_flash.transforms.master_weights import master_weights as master_weigh
 from optax_flash.transforms.master_weights import (
     set_master_params as set_master_params,
 )
+from optax_flash.transforms.tame import TameState as TameState
+from optax_flash.transforms.tame import tame as tame
 
 __version__ = "0.1.0"

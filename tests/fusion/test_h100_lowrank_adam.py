@@ -62,7 +62,6 @@ def sizes(text, name):
 def test_temporaries_are_two_dense_leaves(strategy):
     memory = compiled(strategy).memory_analysis()
     sketches = 24 * (RANK + 8) * SIDE * 4
-    print(strategy, memory.temp_size_in_bytes / DENSE)
     assert memory.temp_size_in_bytes < 2 * DENSE + sketches
 
 
@@ -71,7 +70,6 @@ def test_nothing_long_is_factorised(strategy):
     """cuSOLVER sees rank x rank matrices: no SVD, and no QR."""
     text = compiled(strategy).as_text()
     targets = set(re.findall(r'custom_call_target="([^"]*)"', text))
-    print(strategy, targets)
     assert not [x for x in targets if re.search("svd|geqrf|orgqr|householder", x, re.I)]
 
 
@@ -80,13 +78,13 @@ def test_nothing_long_is_factorised(strategy):
 def test_collectives_are_no_larger_than_the_sketch(strategy, spec):
     mesh = mesh_of((4, 2), ("fsdp", "tp"))
     text = compiled(strategy, mesh, spec).as_text()
-    # The oversampled sketch is eight rows longer than a factor.
+    # The oversampled sketch has eight rows more than a factor, and XLA sends numbers
+    # of each row along with it.
     rows = RANK if strategy == "online" else RANK + 8
-    seen = {}
+    seen = set()
     for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         found = sizes(text, name)
         if found:
-            seen[name] = (len(found), max(found))
-            assert max(found) <= rows * SIDE
-    print(strategy, spec, seen)
-    assert seen
+            seen.add(name)
+            assert max(found) <= rows * (SIDE + 2)
+    assert set(seen) <= {"all-reduce"}
