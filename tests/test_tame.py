@@ -71,8 +71,9 @@ def test_against_float64(relative, nesterov):
     # Elements within rounding of the bound may fall on either side: no jump there.
     for state, n in zip(states, clipped, strict=True):
         assert abs(float(state.clipped) - n) <= 1
-    # float32's 0.999 ** t: 1 - b2 ** t is off by a unit of 1 over 1e-3.
-    chex.assert_trees_all_close(updates, expected, rtol=2e-4, atol=1e-6)
+    # float32: 1 - b2 ** t is off by a unit of 1 over 1e-3. Nesterov's two terms may
+    # cancel, each off by a unit of 1 over 1 - b1 and a few in size.
+    chex.assert_trees_all_close(updates, expected, rtol=2e-4, atol=1e-5)
 
 
 @RELATIVE

@@ -87,4 +87,6 @@ def test_collectives_are_no_larger_than_the_sketch(strategy, spec):
         if found:
             seen.add(name)
             assert max(found) <= rows * (SIDE + 2)
-    assert set(seen) <= {"all-reduce"}
+    # Factors are gathered only where the two branches of a cond meet.
+    gathers = {"all-gather"} if strategy == "periodic" else set()
+    assert seen <= {"all-reduce"} | gathers
