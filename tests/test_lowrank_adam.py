@@ -430,9 +430,24 @@ class TestComposes:
         assert runs["bias"] == "pallas" and runs["kernel"] == "xla"
 
 
-@pytest.mark.parametrize("spec", [P("a", "b"), P(None, "b"), P(("a", "b"))], ids=str)
+@pytest.mark.parametrize(
+    "strategy, spec",
+    [
+        ("randomized", P("a", "b")),
+        ("periodic", P("a", "b")),
+        ("online", P("a", "b")),
+        ("online", P(None, "b")),
+        ("online", P(("a", "b"))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded_equals_single_device(make, spec, kind):
+def test_sharded_equals_single_device(strategy, spec, kind):
+    make = functools.partial(
+        optax_flash.scale_by_lowrank_adam,
+        strategy=strategy,
+        refresh_every=STRATEGIES[strategy],
+    )
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: tests/conftest.py asks for them on CPU")
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
