@@ -1,4 +1,4 @@
-"""What to do with negative second moments that truncation leaves: three ways, in float64.
+"""Negative second moments that truncation leaves: what to do with them, in float64.
 
 python benchmarks/lowrank_negatives.py
 """

@@ -49,7 +49,9 @@ def stream(steps, shape=(64, 96), rank=None, noise=0.0, seed=0):
     for _ in range(steps):
         g = rng.normal(size=shape)
         if rank is not None:
-            g = noise * g + (left * rng.normal(size=rank)) @ right / math.sqrt(rank)
+            # None close to zero: one gradient shows the whole space.
+            signs = rng.choice([-1, 1], size=rank) * rng.uniform(0.5, 1.5, size=rank)
+            g = noise * g + (left * signs) @ right / math.sqrt(rank)
         yield jnp.asarray(g, jnp.float32)
 
 
@@ -121,14 +123,21 @@ class TestOracles:
         _, state = run(make(6), grads)
         assert relative_error(moment(state), average(grads, 0.9)) < 1e-5
 
-    def test_near_exact_truncation(self, make):
+    @pytest.mark.parametrize(
+        "strategy, mu_factor, nu_factor",
+        [("randomized", 1.1, 1.2), ("online", 1.1, 1.4), ("periodic", 1.6, 4.5)],
+    )
+    def test_near_exact_truncation(self, strategy, mu_factor, nu_factor):
         """Low rank and noise: close to the same steps with an exact decomposition.
 
         No rank-8 matrix is closer to the average than its own truncation (Eckart and
-        Young); cutting at each step costs a little more, random sketches as much again.
+        Young). A basis that is kept for five steps misses what comes in between.
         """
+        tx = optax_flash.scale_by_lowrank_adam(
+            8, strategy=strategy, refresh_every=STRATEGIES[strategy]
+        )
         grads = list(stream(60, rank=4, noise=0.3))
-        _, state = run(make(8), grads)
+        _, state = run(tx, grads)
         stepwise = 0.0
         for g in grads:
             g = np.asarray(g, np.float64)
@@ -136,10 +145,10 @@ class TestOracles:
         exact = average(grads, 0.9)
         best = relative_error(truncated(exact, 8), exact)
         assert best < relative_error(stepwise, exact) < 1.1 * best
-        assert relative_error(moment(state), exact) < 1.15 * best
+        assert best < relative_error(moment(state), exact) < mu_factor * best
         exact = average(grads, 0.999, 2)
         best = relative_error(truncated(exact, 8), exact)
-        assert relative_error(moment(state, "nu"), exact) < 1.2 * best
+        assert best < relative_error(moment(state, "nu"), exact) < nu_factor * best
 
     def test_scale_of_the_gradients_does_not_matter(self, make):
         """Powers of two scale without rounding."""
@@ -154,8 +163,7 @@ class TestOracles:
         rng = np.random.default_rng(1)
         rows = [jnp.asarray(rng.random((64, 1)) < 0.1, jnp.float32) for _ in range(40)]
         grads = [g * r for g, r in zip(stream(40), rows, strict=True)]
-        updates, state = run(make(4), grads)
-        assert np.min(moment(state, "nu")) < 0
+        updates, _ = run(make(4), grads)
         # sum (1 - b1) b1^k g_k <= longest * sqrt(sum (1 - b2) b2^k g_k^2)
         longest = 0.1 / math.sqrt(0.001 * (1 - 0.9**2 / 0.999))
         for t, u in enumerate(updates, start=1):
@@ -339,7 +347,9 @@ class TestBadInput:
         grads[1] = grads[1].at[3, 5].set(bad)
         updates, state = run(make(8), grads)
         assert not np.isfinite(updates[1][3, 5])
-        assert np.all(np.isnan(updates[2])) and np.all(np.isnan(state.mu_right))
+        # A basis that is kept keeps other columns clean.
+        assert np.all(np.isnan(updates[2][:, 5]))
+        assert np.all(np.isnan(state.mu_right[:, 5]))
 
     def test_half_precision_gradients(self, make):
         grads = [g.astype(jnp.bfloat16) for g in stream(4, rank=4, noise=0.3)]

@@ -40,7 +40,7 @@ class LowRankAdamState(NamedTuple):
       nu_right: # (*batch, rank, q), float32
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: PyTree
     nu: PyTree
     mu_left: PyTree
@@ -154,13 +154,13 @@ def scale_by_lowrank_adam(
             and (where is None or where(path))
         )
 
-    def init(params: optax.Params) -> LowRankAdamState:
+    def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "lowrank_adam")
         rows = []
         for path, p in zip(
             _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
         ):
-            row = dict.fromkeys(FIELDS, optax.MaskedNode())
+            row: dict[str, Any] = dict.fromkeys(FIELDS, optax.MaskedNode())
             if is_factored(path, p.shape):
                 for field in ("mu", "nu"):
                     row[f"{field}_left"], row[f"{field}_right"] = first_factors(
@@ -190,7 +190,7 @@ def scale_by_lowrank_adam(
         mu_right: jax.Array,
         nu_left: jax.Array,
         nu_right: jax.Array,
-        **scalars: Scalar,
+        **scalars: Any,
     ) -> tuple[jax.Array, ...]:
         b1, b2, count = scalars["b1"], scalars["b2"], scalars["count"]
         mu = b1 * _factors.product(mu_left, mu_right) + (1 - b1) * g
@@ -204,7 +204,7 @@ def scale_by_lowrank_adam(
         )
 
     def factors(
-        name: str, count: Scalar, moment: jax.Array, left: jax.Array, right: jax.Array
+        name: str, count: Any, moment: jax.Array, left: jax.Array, right: jax.Array
     ) -> Factors:
         """New factors of a moment, with their basis on its shorter side."""
         if _is_tall(moment):
@@ -233,19 +233,25 @@ def scale_by_lowrank_adam(
 
     def update(
         updates: optax.Updates,
-        state: LowRankAdamState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, LowRankAdamState]:
+    ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
-        _mirror.check_mirrors(state.mu, updates, "lowrank_adam: the gradients")
+        # Every param is in one of the two.
+        whole = jax.tree.map(
+            lambda dense, left: left if _is_absent(dense) else dense,
+            *(state.mu, state.mu_left),
+            is_leaf=_is_absent,
+        )
+        _mirror.check_mirrors(whole, updates, "lowrank_adam: the gradients")
         count = optax.safe_increment(state.count)
 
         scalars = dict(count=count, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
         def step(path: str, g: jax.Array, row: dict[str, Any]) -> Any:
             g32 = g.astype(jnp.float32)
-            if not isinstance(row["mu"], optax.MaskedNode):
+            if not _is_absent(row["mu"]):
                 mu = b1 * row["mu"] + (1 - b1) * g32
                 nu = b2 * row["nu"] + (1 - b2) * g32 * g32
                 u = _direction(mu, nu, **scalars)
@@ -279,9 +285,7 @@ FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")
 FIELDS = ("mu", "nu", *FACTORS)
 
 
-def _state(
-    count: jax.Array, params: PyTree, rows: list[dict[str, Any]]
-) -> LowRankAdamState:
+def _state(count: Any, params: PyTree, rows: list[dict[str, Any]]) -> LowRankAdamState:
     unflatten = jax.tree.structure(params).unflatten
     return LowRankAdamState(
         count, **{field: unflatten([row[field] for row in rows]) for field in FIELDS}
@@ -316,6 +320,10 @@ def _zeros(p: jax.Array, axis: int, rank: int) -> jax.Array:
     # Made from p, so that its sharding is known.
     one = jnp.sum(jnp.zeros_like(p, dtype=jnp.float32), axis=other)[..., None, :]
     return jnp.broadcast_to(one, (*one.shape[:-2], rank, one.shape[-1]))
+
+
+def _is_absent(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _is_tall(p: jax.Array) -> bool:
@@ -358,10 +366,11 @@ def _auto_sharded(
         return step(*arrays, **scalars)
     # Python's numbers stay what they are: 1 - 0.999 is another number in float32.
     traced = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
-    return jax.sharding.auto_axes(
+    sharded: Any = jax.sharding.auto_axes(
         lambda arrays, traced: step(*arrays, **(scalars | traced)),
         out_sharding=tuple(NamedSharding(mesh, x.sharding.spec) for x in types),
-    )(arrays, traced)
+    )
+    return sharded(arrays, traced)
 
 
 def _check(

@@ -24,7 +24,7 @@ class TameState(NamedTuple):
         # shape=(), dtype=float32, as int32 would end at 2 ** 31
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates
     nu: optax.Updates
     clipped: jax.typing.ArrayLike
@@ -96,7 +96,7 @@ def tame(
             "nothing."
         )
 
-    def init(params: optax.Params) -> TameState:
+    def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "tame")
         return TameState(
             count=jnp.zeros([], jnp.int32),
@@ -107,10 +107,10 @@ def tame(
 
     def update(
         updates: optax.Updates,
-        state: TameState,
+        state: PyTree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, TameState]:
+    ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
         _mirror.check_mirrors(state.mu, updates, "tame: the gradients")
         count = optax.safe_increment(state.count)
