@@ -10,6 +10,7 @@ from optax_flash.aliases import scale_by_adam8 as scale_by_adam8
 from optax_flash.aliases import scale_by_lion8 as scale_by_lion8
 from optax_flash.aliases import sgd4 as sgd4
 from optax_flash.aliases import sgd8 as sgd8
+from optax_flash.aliases import tamed_adamw8 as tamed_adamw8
 from optax_flash.aliases import trace8 as trace8
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
@@ -17,6 +18,7 @@ from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
 from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw
 from optax_flash.lowrank_aliases import lora_pre_muon as lora_pre_muon
+from optax_flash.lowrank_aliases import lowrank_adamw as lowrank_adamw
 from optax_flash.memory import MemoryReport as MemoryReport
 from optax_flash.memory import memory_report as memory_report
 from optax_flash.numerics.affine import Affine4 as Affine4
@@ -41,6 +43,10 @@ from optax_flash.transforms.lora_pre_muon import (
 from optax_flash.transforms.lora_pre_muon import (
     scale_by_lora_pre_muon as scale_by_lora_pre_muon,
 )
+from optax_flash.transforms.lowrank_adam import LowRankAdamState as LowRankAdamState
+from optax_flash.transforms.lowrank_adam import (
+    scale_by_lowrank_adam as scale_by_lowrank_adam,
+)
 from optax_flash.transforms.master_weights import (
     MasterWeightsState as MasterWeightsState,
 )
@@ -51,5 +57,7 @@ from optax_flash.transforms.master_weights import master_weights as master_weigh
 from optax_flash.transforms.master_weights import (
     set_master_params as set_master_params,
 )
+from optax_flash.transforms.tame import TameState as TameState
+from optax_flash.transforms.tame import tame as tame
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash.transforms.compress import Codecs, compress
+from optax_flash.transforms.tame import tame
 
 Mask = Any | Callable[[optax.Params], Any] | None
 Scalar = jax.typing.ArrayLike
@@ -85,6 +86,70 @@ def adamw8(
             weight_decay=number(weight_decay),
             mask=mask,
             nesterov=nesterov,
+        ),
+        codecs,
+        implementation=implementation,
+    )
+
+
+def tamed_adamw8(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    *,
+    threshold: Scalar,
+    relative: bool = False,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    nesterov: bool = False,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`adamw8` whose momentum sees clipped gradients: :func:`tame` in codes.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added outside of the square root.
+      eps_root: added inside of it.
+      threshold: see :func:`tame`; infinity for :func:`adamw8`.
+      relative: whether it is in units of the root of the second moment.
+      weight_decay: multiplied by the learning rate.
+      mask: which params decay, as in :func:`adamw8`.
+      nesterov: use Nesterov momentum.
+      codecs: see :func:`compress`.
+      implementation: see :func:`compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a decay rate in half precision, a threshold that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = jnp.ones((64, 64))
+      >>> tx = optax_flash.tamed_adamw8(1e-3, threshold=2.5, relative=True)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> optax.tree.get(state, "clipped")
+      Array(0., dtype=float32)
+    """
+    return compress(
+        optax.chain(
+            tame(
+                number(threshold),
+                b1=rate("b1", b1),
+                b2=rate("b2", b2),
+                eps=number(eps),
+                eps_root=number(eps_root),
+                relative=relative,
+                nesterov=nesterov,
+            ),
+            optax.add_decayed_weights(number(weight_decay), mask),
+            optax.scale_by_learning_rate(number(learning_rate)),
         ),
         codecs,
         implementation=implementation,

@@ -73,3 +73,8 @@ def normal(path: str, field: str, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 numbers that depend on a leaf's path and field alone."""
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(f"{path}/{field}".encode()))
     return jax.random.normal(key, shape, jnp.float32)
+
+
+def mix(weights: jax.Array, factor: jax.Array) -> jax.Array:
+    """``weights @ factor``: (*batch, k, n), of (*batch, k, rank), (*batch, rank, n)."""
+    return jnp.einsum("...kr,...rn->...kn", weights, factor, precision=HIGHEST)

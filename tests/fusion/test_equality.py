@@ -10,7 +10,7 @@ import pytest
 SCRIPT = pathlib.Path(__file__).with_name("equality.py")
 OPTIMIZERS = (
     "adamw adam nadamw amsgrad adabelief yogi adan lion sgd rmsprop ademamix adopt "
-    "clipped_adamw lamb"
+    "clipped_adamw tame tame_relative lamb"
 ).split()
 # Without fused multiply-add, see the script; unoptimised, which compiles twice as fast.
 FLAGS = "--xla_cpu_max_isa=AVX --xla_backend_optimization_level=0"
