@@ -364,7 +364,7 @@ class TestBadInput:
 
 def params_of(dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"kernel": (64, 128), "stack": (2, 64, 64), "bias": (4096,), "scale": ()}
+    shapes = {"kernel": (64, 128), "bias": (4096,), "scale": ()}
     return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
 
 
@@ -415,11 +415,11 @@ class TestComposes:
         injected = optax.inject_hyperparams(tx)(
             optax.linear_schedule(1e-2, 1e-3, 4), b1=0.9
         )
-        grads = [params_of(seed=i) for i in range(1, 3)]
-        updates, _ = run(injected, grads, params_of())
+        # Of a clear rank: b1 in float32 would turn the spaces of equal values.
+        grads = list(stream(3, rank=2))
+        updates, _ = run(injected, grads)
         expected, _ = run(tx(optax.linear_schedule(1e-2, 1e-3, 4), 0.9), grads)
-        for u, e in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
-            assert np.allclose(u, e, rtol=1e-2, atol=1e-4)
+        assert relative_error(np.asarray(updates), np.asarray(expected)) < 1e-4
         with pytest.raises(ValueError, match="rank is"):
             optax.inject_hyperparams(optax_flash.lowrank_adamw)(1e-2, 8).init(
                 params_of()
