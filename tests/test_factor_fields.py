@@ -18,6 +18,8 @@ from optax_flash import compress, master_weights
 from optax_flash.numerics import hashing
 from optax_flash.transforms import _init
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 RANK, DECAY = 4, 0.75
 SHAPE = (64, 128)
 FACTORS = ("mu_left", "mu_right")

@@ -19,13 +19,7 @@ from optax_flash import NumericsReport, compress, master_weights, numerics_repor
 SHAPE = (64, 64)
 NAN = float("nan")
 
-
-@pytest.fixture(autouse=True, name="quick_compile")
-def quick_compile_fixture():
-    """Less optimised programs, but where their cost is looked at."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def report(tx, state, params, grads, **extra_args):

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SHAPES = {"kernel": (32, 128), "bias": (32,), "scalar": ()}
 RELATIVE = pytest.mark.parametrize("relative", [False, True])
 

@@ -3,11 +3,12 @@
     PYTHONPATH=benchmarks python -m budget [--only "lora_pre, *" ...] [--out FOLDER]
 
 Writes budget.json after every run, and goes on from there when called again; then
-budget.md and budget.png.
+budget.md and budget.png. ``python -m budget.steps`` times the steps for the page.
 """
 
 import argparse
 import fnmatch
+import json
 import pathlib
 import platform
 import shlex
@@ -42,16 +43,16 @@ def write(results: Results, command: str) -> None:
         "summary": summarize(results.runs, reference=("adamw", "float32")),
     }
     results.save()
-    page = markdown(results.content)
+    steps = results.path.with_name("budget_steps.json")
+    timed = json.loads(steps.read_text()) if steps.exists() else None
+    page = markdown(results.content, timed)
     results.path.with_suffix(".md").write_text(page)
     draw(results.content, results.path.with_suffix(".png"))
     print(page)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m budget", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--depth", type=int, default=2, help="layers")

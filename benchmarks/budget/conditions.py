@@ -18,7 +18,7 @@ Make = Callable[[optax.Schedule], optax.GradientTransformation]
 LEARNING_RATES = {
     "adamw": 3e-3,
     "lora_pre": 3e-3,
-    "lora_pre_muon": 1e-2,
+    "lora_pre_muon": 3e-2,
     "lowrank": 3e-3,
     "adafactor": 3e-3,
     "tamed": 3e-3,

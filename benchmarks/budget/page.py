@@ -18,8 +18,14 @@ interval of Student's t. Bytes: live params and state, for each parameter, gradi
 counted. All but the reference keep bfloat16 weights and an 8-bit residual."""
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """The whole page."""
+def markdown(content: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
+    """The whole page.
+
+    Args:
+      content: of budget.json.
+      timed: of budget_steps.json, if there is one.
+    """
+    steps_of = timed["steps"] if timed else {}
     runs = content["runs"]
     steps = sorted({run["steps"] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
@@ -31,24 +37,36 @@ def markdown(content: Mapping[str, Any]) -> str:
         + "."
     )
     lines = [
-        "| optimizer | storage | bytes | loss | difference, % of the loss |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| optimizer | storage | bytes | step | loss | difference, % of the loss |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in content["summary"]:
-        difference = _percent(row["loss_relative"]) if "loss_relative" in row else ""
-        lines.append(
-            f"| {row['optimizer']} | {row['storage']} | "
-            f"{row['bytes_per_parameter']:.2f} | "
-            f"{row['loss']:.4f} ± {row['loss_spread']:.4f} | {difference} |"
-        )
+        step = steps_of.get(f"{row['optimizer']}, {row['storage']}")
+        cells = [
+            row["optimizer"],
+            row["storage"],
+            f"{row['bytes_per_parameter']:.2f}",
+            f"{step['median_ratio']:.1f} x" if step else "",
+            f"{row['loss']:.4f} ± {row['loss_spread']:.4f}",
+            _percent(row["loss_relative"]) if "loss_relative" in row else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     parts = [
         "# Loss against bytes",
         f"`{content['command']}`: {content['machine']}, jax {content['jax']}.",
         NOTE,
+        *([_about_steps(timed)] if timed else []),
         facts,
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _about_steps(timed: Mapping[str, Any]) -> str:
+    return (
+        "Step: update and apply_updates alone, without the model, over float32 AdamW's "
+        f"(`{timed['command']}`: {timed['machine']}, jax {timed['jax']}, medians)."
+    )
 
 
 def _percent(relative: Mapping[str, float]) -> str:

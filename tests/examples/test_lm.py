@@ -55,12 +55,7 @@ def config_fixture(data_dir):
     )
 
 
-@pytest.fixture(autouse=True, name="quick_compile")
-def quick_compile_fixture():
-    """Less optimised programs: these tests are about what is computed, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 # --- data
