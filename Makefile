@@ -43,6 +43,7 @@ quality: .venv/examples data/fashion-mnist ## training against float32, over see
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 budget: .venv/examples ## loss against bytes: every optimizer of a lower budget
+	PYTHONPATH=benchmarks $(BIN)/python -m budget.steps
 	PYTHONPATH=benchmarks $(BIN)/python -m budget
 
 lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and decay

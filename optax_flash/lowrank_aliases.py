@@ -1,4 +1,4 @@
-"""Optimizers with low-rank moments, by name. What is not factored is in 8-bit codes."""
+"""Optimizers with low-rank moments, by name, their states in codes."""
 
 from typing import Any
 
@@ -30,10 +30,12 @@ def lora_pre_adamw(
     codecs: Codecs = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with low-rank moments for matrices and 8-bit moments for all else.
+    r"""AdamW with low-rank moments for matrices, and all of its state in 8-bit codes.
 
     ``compress(chain(scale_by_lora_pre, add_decayed_weights, scale_by_learning_rate))``.
-    A matrix (p, q) takes 2 rank (p + q) numbers instead of 2 p q.
+    A matrix (p, q) takes 2 rank (p + q) codes in the place of 2 p q; ``codecs`` that
+    give None for ``"mu_left"``, ``"mu_right"``, ``"nu_left"`` and ``"nu_right"`` keep
+    factors in float32. So do factors under 4,096 elements.
 
     Args:
       learning_rate: a number or a schedule.
@@ -121,7 +123,8 @@ def lora_pre_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with a low-rank momentum for matrices; AdamW with 8-bit moments for others.
 
-    A matrix (p, q) takes rank (p + q) numbers. One that is too small for the rank is
+    A matrix (p, q) takes rank (p + q) codes; ``codecs`` that give None for
+    ``"mu_left"`` and ``"mu_right"`` keep them in float32. One too small for the rank is
     still Muon's, with its whole momentum in codes. Leaves of more than two axes are
     batches of matrices; ``optax.contrib.muon`` gives those to Adam.
 

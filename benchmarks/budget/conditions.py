@@ -7,6 +7,7 @@ the reference keep their weights in bfloat16 and an 8-bit residual.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from quality.conditions import Condition, matrices
@@ -18,6 +19,7 @@ Make = Callable[[optax.Schedule], optax.GradientTransformation]
 LEARNING_RATES = {
     "adamw": 3e-3,
     "lora_pre": 3e-3,
+    "muon": 3e-2,
     "lora_pre_muon": 3e-2,
     "lowrank": 3e-3,
     "adafactor": 3e-3,
@@ -39,6 +41,8 @@ def conditions() -> list[Condition]:
         Condition("adamw", "float32", _adamw(optax.adamw)),
         _split("adamw", "8 bits", _adamw(optax_flash.adamw8)),
         _split("adamw", "4 bits", _adamw(optax_flash.adamw4)),
+        # LoRA-Pre's default, for comparison.
+        Condition("adamw", "float32, b2 = 0.95", _adamw(optax.adamw, b2=0.95)),
         *_lora_pre(),
         *_lowrank(),
         *(_split("adafactor", f"{n}-bit momentum", _adafactor(n)) for n in (8, 4)),
@@ -63,24 +67,61 @@ def _factored(make: Callable[..., Any], **options: Any) -> Make:
     return _adamw(make, where=in_blocks, **options)
 
 
+def _muon(lr: optax.Schedule) -> optax.GradientTransformation:
+    """optax's, as ours is: without Nesterov, and Adam for what is not in a block."""
+
+    def dimensions(params: optax.Params) -> Any:
+        numbers = optax.contrib.MuonDimensionNumbers()
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: numbers if p.ndim > 1 and in_blocks(_name(path)) else None,
+            params,
+        )
+
+    return optax.contrib.muon(
+        lr,
+        nesterov=False,
+        weight_decay=DECAY,
+        weight_decay_mask=matrices,
+        adam_weight_decay=DECAY,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _lora_pre() -> Iterator[Condition]:
+    lora_pre, muon = optax_flash.lora_pre_adamw, optax_flash.lora_pre_muon
+    in_float32 = dict.fromkeys(FACTORS)
     for name, share in SHARES.items():
-        make = _factored(optax_flash.lora_pre_adamw, rank=share)
-        yield _split("lora_pre", f"rank {name}", make)
-    for bits, share in (8, "1/4"), (8, "1/8"), (4, "1/4"):
-        codecs = dict.fromkeys(FACTORS, f"companded{bits}")
-        make = _factored(optax_flash.lora_pre_adamw, rank=SHARES[share], codecs=codecs)
-        yield _split("lora_pre", f"rank {share}, {bits}-bit factors", make)
-    paper = _factored(optax_flash.lora_pre_adamw, rank=0.25, bias_correction="paper")
-    yield _split("lora_pre", "rank 1/4, the paper's correction", paper)
-    muon = _factored(optax_flash.lora_pre_muon, rank=0.25, adam_weight_decay=DECAY)
-    yield _split("lora_pre_muon", "rank 1/4", muon)
+        yield _split("lora_pre", f"rank {name}", _factored(lora_pre, rank=share))
+    for name, share in SHARES.items():
+        make = _factored(lora_pre, rank=share, codecs=in_float32)
+        yield _split("lora_pre", f"rank {name}, float32 factors", make)
+    in_4_bits = dict.fromkeys(FACTORS, "companded4")
+    make = _factored(lora_pre, rank=0.25, codecs=in_4_bits)
+    yield _split("lora_pre", "rank 1/4, 4-bit factors", make)
+    options = dict(codecs=in_float32, bias_correction="paper")
+    make = _factored(lora_pre, rank=0.25, **options)
+    yield _split("lora_pre", "rank 1/4, float32 factors, paper's correction", make)
+    slow = _factored(lora_pre, rank=0.25, b2=0.999)
+    yield _split("lora_pre", "rank 1/4, b2 = 0.999", slow)
+    yield Condition("muon", "float32", _muon)
+    options = dict(rank=0.25, adam_weight_decay=DECAY)
+    yield _split("lora_pre_muon", "rank 1/4", _factored(muon, **options))
+    options |= dict(codecs=dict.fromkeys(FACTORS[:2]))
+    make = _factored(muon, **options)
+    yield _split("lora_pre_muon", "rank 1/4, float32 factors", make)
 
 
 def _lowrank() -> Iterator[Condition]:
     for share in ("1/4", "1/8"):
         make = _factored(optax_flash.lowrank_adamw, rank=SHARES[share])
         yield _split("lowrank", f"rank {share}", make)
+    in_codes = dict.fromkeys(FACTORS, "companded8")
+    make = _factored(optax_flash.lowrank_adamw, rank=0.25, codecs=in_codes)
+    yield _split("lowrank", "rank 1/4, 8-bit factors", make)
     for strategy, options in {
         "online": {},
         "periodic": {"refresh_every": 20},

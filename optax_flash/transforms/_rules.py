@@ -25,18 +25,13 @@ SIGNED_FIELDS = frozenset(
 UNSIGNED_FIELDS = frozenset(
     {"nu", "nu_max", "v", "sum_of_squares", "exp_avg_sq", "v_row", "v_col"}
 )
-FACTOR_FIELDS: Mapping[str, bool] = MappingProxyType(
-    {
-        "mu_left": False,
-        "mu_right": False,
-        "nu_left": False,
-        "nu_right": False,
-        "v_row": False,
-        "v_col": False,
-    }
+FACTOR_FIELDS = frozenset(
+    {"mu_left", "mu_right", "nu_left", "nu_right", "v_row", "v_col"}
 )
-"""Fields of factors, which are smaller than their params: whether they are in codes
-where ``codecs`` does not name them."""
+"""Fields whose arrays are smaller than their params: in codes where they are named."""
+FACTORS_IN_CODES = frozenset({"ScaleByLoraPreState", "ScaleByLoraPreMuonState"})
+"""State classes whose factors are in codes without being named; docs/budget.md has the
+measurements."""
 FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
     {
         # Adan's v averages differences of gradients; its second moment is n.
@@ -67,6 +62,7 @@ class Field(NamedTuple):
       key: its key among the scales.
       kind: the name as the state has it.
       signed: whether its values may be negative.
+      factors: whether entries that are not shaped like their params are put in codes.
     """
 
     part: int
@@ -74,6 +70,7 @@ class Field(NamedTuple):
     key: str
     kind: str
     signed: bool
+    factors: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +108,10 @@ class Rules:
                 continue
             occurrence = occurrences[part.name] = occurrences.get(part.name, -1) + 1
             name = part.name + (f"_{occurrence}" if occurrence else "")
-            fields.append(Field(index, name, f"{name}_scales", part.name, signed))
+            factors = part.owner in FACTORS_IN_CODES or self._names(part.name)
+            fields.append(
+                Field(index, name, f"{name}_scales", part.name, signed, factors)
+            )
         return fields
 
     def codec(self, field: Field, path: str) -> Codec | None:
@@ -133,15 +133,10 @@ class Rules:
         fits = (
             codec is not None
             and x.size >= max(self.min_size, 1)
-            and (x.shape == shape or self.takes_factors(field))
+            and (x.shape == shape or field.factors)
             and x.shape == coded_shape(codec, codec.codes_shape(x.shape), shape)
         )
         return codec if fits else None
-
-    def takes_factors(self, field: Field) -> bool:
-        """Whether entries that are not shaped like their params are put in codes."""
-        named = any(key == field.kind for key, _ in self.patterns)
-        return named or FACTOR_FIELDS.get(field.kind, False)
 
     def check_fields(self, inner: optax.GradientTransformation, params: PyTree) -> None:
         """Raises where a key of ``codecs`` names a field that is not there."""
@@ -158,6 +153,10 @@ class Rules:
                     f"{sorted(found)}. For a param write a pattern, as in '*{key}*'."
                 )
 
+    def _names(self, kind: str) -> bool:
+        """Whether a key is a field's name."""
+        return any(key == kind for key, _ in self.patterns)
+
     def _signed(self, mirror: _mirror.Mirror) -> bool | None:
         """Whether a field is signed; None for fields that stay as they are."""
         known = self._known(mirror)
@@ -166,7 +165,8 @@ class Rules:
                 if codec is None:
                     return None
                 return codec.signed if known is None else known
-        return known if FACTOR_FIELDS.get(mirror.name, True) else None
+        left = mirror.name in FACTOR_FIELDS and mirror.owner not in FACTORS_IN_CODES
+        return None if left else known
 
     @staticmethod
     def _known(mirror: _mirror.Mirror) -> bool | None:

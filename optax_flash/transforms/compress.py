@@ -352,7 +352,7 @@ def _stored(
     elif codec is not None:
         found = coded_shape(codec, x.shape, shape)
         if (
-            (found == shape or rules.takes_factors(field))
+            (found == shape or field.factors)
             and scale.shape == codec.scales_shape(found)
             and scale.dtype == codec.scale_dtype
         ):

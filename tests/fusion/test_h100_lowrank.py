@@ -73,7 +73,7 @@ def test_temporaries_and_kernels(dtype):
     compiled = inspect(jitted, *arguments)
     # Two dense float32 leaves, and what has the size of factors.
     assert compiled.temporaries < 2 * DENSE + 8 * MEGABYTE
-    assert compiled.kernels.total() <= 68
+    assert compiled.kernels.total() <= 80
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -89,5 +89,5 @@ def test_eight_gpus_exchange_no_more_than_factors(devices, spec, kind):
         )
         found = collectives(jitted.lower(*arguments).compile().as_text())
     assert {name for name, _ in found} == {"all-reduce"}
-    # XLA sends a Gram matrix along with a factor.
-    assert max(size for _, size in found) <= 4 * RANK * (SIDE + RANK)
+    # XLA may send the factors of both moments, and their Gram matrices, together.
+    assert max(size for _, size in found) <= 2 * 4 * RANK * (SIDE + RANK)
