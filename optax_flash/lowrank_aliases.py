@@ -11,7 +11,10 @@ from optax_flash.transforms._factors import Rank, Where, check_rank
 from optax_flash.transforms.compress import Codecs, compress
 from optax_flash.transforms.lora_pre import DAMPING, scale_by_lora_pre
 from optax_flash.transforms.lora_pre_muon import NS_COEFFS, scale_by_lora_pre_muon
-from optax_flash.transforms.lowrank_adam import scale_by_lowrank_adam
+from optax_flash.transforms.lowrank_adam import (
+    LowRankAdamState,
+    scale_by_lowrank_adam,
+)
 
 
 def lora_pre_adamw(
@@ -228,11 +231,12 @@ def lowrank_adamw(
     codecs: Codecs = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with moments of low rank, and 8-bit ones where a leaf does not fit.
+    r"""AdamW with moments of low rank, and all of its state in 8-bit codes.
 
     :func:`scale_by_lowrank_adam`, weight decay and the learning rate, under
-    :func:`compress`. A factored p by q matrix keeps ``2 * rank * (p + q)`` numbers of
-    the ``2 * p * q`` of AdamW's moments.
+    :func:`compress`. A factored p by q matrix keeps ``2 * rank * (p + q)`` codes in the
+    place of ``2 * p * q``. With ``"periodic"`` factors stay in float32: between two
+    refreshes a basis is not made orthonormal again.
 
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule.
@@ -251,7 +255,8 @@ def lowrank_adamw(
       max_aspect: largest ratio of its sides.
       where: which params may be factored, a predicate on their paths.
       seed: of the sketches.
-      codecs: of the dense moments, see :func:`compress`.
+      codecs: see :func:`compress`; None stores factors in codes too, a mapping those
+        that it names.
       implementation: see :func:`compress`.
 
     Returns:
@@ -290,6 +295,8 @@ def lowrank_adamw(
         where=where,
         seed=seed,
     )
+    if codecs is None and strategy != "periodic":
+        codecs = dict.fromkeys(LowRankAdamState._fields[1:], "companded8")
     return compress(
         optax.chain(
             scale_by_lowrank_adam(

@@ -13,7 +13,14 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize(
-    "page, count", [("kernels.md", 2), ("numerics.md", 2), ("adafactor.md", 5)]
+    "page, count",
+    [
+        ("adafactor.md", 5),
+        ("kernels.md", 2),
+        ("low_rank_adam.md", 1),
+        ("numerics.md", 2),
+        ("tame.md", 1),
+    ],
 )
 def test_page_runs(page, count, capsys):
     text = (DOCS / page).read_text()

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STRATEGIES = {"randomized": 1, "periodic": 5, "online": 1}
 EPS = float(jnp.finfo(jnp.float32).eps)
+FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")
+IN_FLOAT32 = dict.fromkeys(FACTORS)
 
 
 @pytest.fixture(params=STRATEGIES, name="make")
@@ -113,10 +115,19 @@ class TestOracles:
 
     def test_alias_at_full_rank_is_adamw(self):
         params, grads = jnp.ones((64, 64)), list(stream(10, (64, 64)))
-        tx = optax_flash.lowrank_adamw(1e-2, 1.0, weight_decay=0.1)
+        tx = optax_flash.lowrank_adamw(1e-2, 1.0, weight_decay=0.1, codecs=IN_FLOAT32)
         updates, _ = run(tx, grads, params)
         expected, _ = run(optax.adamw(1e-2, weight_decay=0.1), grads, params)
         assert relative_error(np.asarray(updates), np.asarray(expected)) < 1e-4
+
+    @pytest.mark.parametrize("codecs", [None, IN_FLOAT32])
+    def test_factors_are_in_codes_where_a_basis_is_renewed(self, alias, codecs):
+        """All but "periodic" find one at each step."""
+        state = alias(codecs=codecs).init(jnp.ones((512, 640)))
+        renewed = codecs is None and alias.keywords["strategy"] != "periodic"
+        for field in FACTORS:
+            x = optax.tree.get(state, field)
+            assert x.dtype == (jnp.uint8 if renewed else jnp.float32)
 
     @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (3, 64, 64)], ids=str)
     def test_exact_where_gradients_have_the_rank(self, make, shape):

@@ -116,20 +116,19 @@ def _lora_pre() -> Iterator[Condition]:
 
 
 def _lowrank() -> Iterator[Condition]:
-    for share in ("1/4", "1/8"):
-        make = _factored(optax_flash.lowrank_adamw, rank=SHARES[share])
-        yield _split("lowrank", f"rank {share}", make)
-    in_codes = dict.fromkeys(FACTORS, "companded8")
-    make = _factored(optax_flash.lowrank_adamw, rank=0.25, codecs=in_codes)
-    yield _split("lowrank", "rank 1/4, 8-bit factors", make)
-    for strategy, options in {
-        "online": {},
-        "periodic": {"refresh_every": 20},
-    }.items():
-        make = _factored(
-            optax_flash.lowrank_adamw, rank=0.25, strategy=strategy, **options
-        )
-        yield _split("lowrank", f"rank 1/4, {strategy}", make)
+    lowrank, in_float32 = optax_flash.lowrank_adamw, dict.fromkeys(FACTORS)
+    options: dict[str, Any]
+    for name in ("1/4", "1/8"):
+        options = dict(rank=SHARES[name])
+        yield _split("lowrank", f"rank {name}", _factored(lowrank, **options))
+        make = _factored(lowrank, **options, codecs=in_float32)
+        yield _split("lowrank", f"rank {name}, float32 factors", make)
+    options = dict(rank=0.25, strategy="online")
+    yield _split("lowrank", "rank 1/4, online", _factored(lowrank, **options))
+    make = _factored(lowrank, **options, codecs=in_float32)
+    yield _split("lowrank", "rank 1/4, online, float32 factors", make)
+    make = _factored(lowrank, rank=0.25, strategy="periodic", refresh_every=20)
+    yield _split("lowrank", "rank 1/4, periodic", make)
 
 
 def _adafactor(bits: int) -> Make:
