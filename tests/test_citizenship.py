@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "adamw8_flashoptim": functools.partial(
         optax_flash.adamw8, 0.01, codecs="flashoptim"
     ),
+    "tamed_adamw8": functools.partial(optax_flash.tamed_adamw8, 0.01, threshold=0.5),
     "adamw4": functools.partial(optax_flash.adamw4, 0.01, weight_decay=0.01),
     "adam4_mixed": functools.partial(
         optax_flash.adam4, 0.01, codecs={"mu": "companded4", "nu": "companded8"}
@@ -47,8 +48,14 @@ OPTIMIZERS = {
         optax_flash.adamw8(0.01, codecs="flashoptim"), codec="flashoptim"
     ),
 }
+LOW_RANK = {
+    "lora_pre_adamw": functools.partial(optax_flash.lora_pre_adamw, 0.01, 4),
+    "lora_pre_muon": functools.partial(optax_flash.lora_pre_muon, 0.01, 4),
+    "lowrank_adamw": functools.partial(optax_flash.lowrank_adamw, 0.01, 4, min_dim=8),
+}
+ALL = OPTIMIZERS | LOW_RANK
 # What must not follow or wrap a residual has no row for master_weights.
-INNER = {name: tx for name, tx in OPTIMIZERS.items() if "master" not in name}
+INNER = {name: tx for name, tx in ALL.items() if "master" not in name}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,9 +74,9 @@ def assert_same_avals(tree, other):
     assert weak == jax.tree.map(lambda x: jax.typeof(x).weak_type, other)
 
 
-@pytest.fixture(params=OPTIMIZERS, name="make")
+@pytest.fixture(params=ALL, name="make")
 def make_fixture(request):
-    return OPTIMIZERS[request.param]
+    return ALL[request.param]
 
 
 @pytest.fixture(params=INNER, name="make_inner")
@@ -95,10 +102,10 @@ class TestContract:
         chex.assert_tree_all_finite(updates)
         assert_same_avals(optax.apply_updates(params, updates), params)
 
-    def test_moments_are_bytes(self, make):
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_moments_are_bytes(self, name):
         params = make_params()
-        state = make()
-        state = state.init(params)
+        state = OPTIMIZERS[name]().init(params)
         *rows, n = SHAPES["kernel"]
         big = [
             x
