@@ -7,7 +7,6 @@ budget.md and budget.png. ``python -m budget.steps`` times the steps for the pag
 """
 
 import argparse
-import fnmatch
 import json
 import pathlib
 import platform
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 import jax
 import workloads
 from quality.comparison import summarize
+from quality.conditions import fitting
 from quality.results import Results
 from quality.training import Trainer, study
 
@@ -63,11 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, help="to search for the best")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(args)
-    chosen = [
-        condition
-        for condition in conditions()
-        if any(fnmatch.fnmatchcase(condition.name, only) for only in options.only)
-    ]
+    chosen = fitting(conditions(), options.only)
     if not chosen:
         names = "; ".join(condition.name for condition in conditions())
         parser.error(f"no condition fits --only {options.only}; there are: {names}")

@@ -7,7 +7,6 @@ quality.md and quality.png.
 """
 
 import argparse
-import fnmatch
 import pathlib
 import platform
 import shlex
@@ -20,7 +19,7 @@ import workloads
 from workloads import Workload
 
 from .comparison import summarize
-from .conditions import LEARNING_RATES, Condition, conditions
+from .conditions import LEARNING_RATES, Condition, conditions, fitting
 from .page import draw, markdown
 from .results import Results
 from .training import Trainer, study
@@ -94,11 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, help="to search for the best")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(args)
-    chosen = [
-        condition
-        for condition in conditions()
-        if any(fnmatch.fnmatchcase(condition.name, only) for only in options.only)
-    ]
+    chosen = fitting(conditions(), options.only)
     if not chosen:
         names = "; ".join(condition.name for condition in conditions())
         parser.error(f"no condition fits --only {options.only}; there are: {names}")

@@ -5,7 +5,8 @@ decay to zero, gradients clipped to norm 1, matrices and kernels decayed, norms 
 float32. Only storage differs.
 """
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,15 @@ def conditions() -> list[Condition]:
         *(_mixed(*bits) for bits in ((4, 8), (8, 4))),
         *_family("lion", _lion, optax.lion, optax_flash.lion8, optax_flash.lion4),
         *_family("sgd", _sgd, optax.sgd, optax_flash.sgd8, optax_flash.sgd4),
+    ]
+
+
+def fitting(known: Sequence[Condition], patterns: Sequence[str]) -> list[Condition]:
+    """Those whose name fits one of the patterns, such as "lion, *"."""
+    return [
+        condition
+        for condition in known
+        if any(fnmatch.fnmatchcase(condition.name, pattern) for pattern in patterns)
     ]
 
 
