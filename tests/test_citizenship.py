@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # 4096 elements: the smallest that is compressed by default.
 SHAPES = {"kernel": (32, 128), "bias": (32,), "scalar": ()}
 
