@@ -138,7 +138,7 @@ def tamed_adamw8(
       Array(0., dtype=float32)
     """
     return compress(
-        optax.chain(
+        with_decay(
             tame(
                 number(threshold),
                 b1=rate("b1", b1),
@@ -148,8 +148,9 @@ def tamed_adamw8(
                 relative=relative,
                 nesterov=nesterov,
             ),
-            optax.add_decayed_weights(number(weight_decay), mask),
-            optax.scale_by_learning_rate(number(learning_rate)),
+            learning_rate,
+            weight_decay,
+            mask,
         ),
         codecs,
         implementation=implementation,
@@ -493,6 +494,20 @@ def trace8(
         optax.trace(rate("decay", decay), nesterov=nesterov),
         codecs,
         implementation=implementation,
+    )
+
+
+def with_decay(
+    scale_by: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Scalar,
+    mask: Mask,
+) -> optax.GradientTransformation:
+    """A direction, decoupled weight decay and the learning rate, as in AdamW."""
+    return optax.chain(
+        scale_by,
+        optax.add_decayed_weights(number(weight_decay), mask),
+        optax.scale_by_learning_rate(number(learning_rate)),
     )
 
 

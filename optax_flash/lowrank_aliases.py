@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.aliases import Mask, Scalar, number, rate
+from optax_flash.aliases import Mask, Scalar, number, rate, with_decay
 from optax_flash.transforms import _mirror
 from optax_flash.transforms._factors import Rank, Where, check_rank
 from optax_flash.transforms.compress import Codecs, compress
@@ -83,7 +83,7 @@ def lora_pre_adamw(
       "Taming Momentum", arXiv 2602.24283.
     """
     return compress(
-        optax.chain(
+        with_decay(
             scale_by_lora_pre(
                 rank,
                 rate("b1", b1),
@@ -94,8 +94,9 @@ def lora_pre_adamw(
                 bias_correction=bias_correction,
                 where=where,
             ),
-            optax.add_decayed_weights(number(weight_decay), mask),
-            optax.scale_by_learning_rate(number(learning_rate)),
+            learning_rate,
+            weight_decay,
+            mask,
         ),
         codecs,
         implementation=implementation,
@@ -178,7 +179,7 @@ def lora_pre_muon(
         chosen = x.ndim >= 2 and (where is None or where(_mirror.path_str(path)))
         return "muon" if chosen else "adam"
 
-    muon = optax.chain(
+    muon = with_decay(
         scale_by_lora_pre_muon(
             rank,
             rate("momentum", momentum),
@@ -189,8 +190,9 @@ def lora_pre_muon(
             consistent_rms=number(consistent_rms),
             damping=number(damping),
         ),
-        optax.add_decayed_weights(number(weight_decay), mask),
-        optax.scale_by_learning_rate(number(learning_rate)),
+        learning_rate,
+        weight_decay,
+        mask,
     )
     adam = optax.adamw(
         number(adam_learning_rate),
@@ -298,7 +300,7 @@ def lowrank_adamw(
     if codecs is None and strategy != "periodic":
         codecs = dict.fromkeys(LowRankAdamState._fields[1:], "companded8")
     return compress(
-        optax.chain(
+        with_decay(
             scale_by_lowrank_adam(
                 rank,
                 rate("b1", b1),
@@ -307,8 +309,9 @@ def lowrank_adamw(
                 number(eps_root),
                 **extra,
             ),
-            optax.add_decayed_weights(number(weight_decay), mask),
-            optax.scale_by_learning_rate(number(learning_rate)),
+            learning_rate,
+            weight_decay,
+            mask,
         ),
         codecs,
         implementation=implementation,

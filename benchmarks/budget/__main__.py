@@ -9,12 +9,10 @@ budget.md and budget.png. ``python -m budget.steps`` times the steps for the pag
 import argparse
 import json
 import pathlib
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 
-import jax
 import workloads
 from quality.comparison import summarize
 from quality.conditions import fitting
@@ -36,13 +34,7 @@ def write(results: Results, command: str) -> None:
             run["seed"],
         )
     )
-    results.content |= {
-        "command": command,
-        "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
-        "jax": jax.__version__,
-        "summary": summarize(results.runs, reference=("adamw", "float32")),
-    }
-    results.save()
+    results.describe(command, summarize(results.runs, reference=("adamw", "float32")))
     steps = results.path.with_name("budget_steps.json")
     timed = json.loads(steps.read_text()) if steps.exists() else None
     page = markdown(results.content, timed)

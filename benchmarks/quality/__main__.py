@@ -8,13 +8,11 @@ quality.md and quality.png.
 
 import argparse
 import pathlib
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import workloads
 from workloads import Workload
 
@@ -67,13 +65,7 @@ def write(results: Results, command: str) -> None:
         return run["workload"], order.index(name), run["seed"]
 
     results.runs.sort(key=place)
-    results.content |= {
-        "command": command,
-        "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
-        "jax": jax.__version__,
-        "summary": summarize(results.runs),
-    }
-    results.save()
+    results.describe(command, summarize(results.runs))
     page = markdown(results.content)
     results.path.with_suffix(".md").write_text(page)
     draw(results.content, results.path.with_suffix(".png"))

@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 IDENTITY = ("workload", "optimizer", "storage", "seed")
 
@@ -48,6 +51,16 @@ class Results:
 
     def add(self, run: Mapping[str, Any]) -> None:
         self.runs.append(dict(run))
+        self.save()
+
+    def describe(self, command: str, summary: list[dict[str, Any]]) -> None:
+        """Saves beside the runs what made them and what they come to."""
+        self.content |= {
+            "command": command,
+            "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
+            "jax": jax.__version__,
+            "summary": summary,
+        }
         self.save()
 
     def save(self) -> None:

@@ -69,6 +69,22 @@ def onto_columns(right: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.einsum("...rq,...pq->...rp", right, matrix, precision=HIGHEST)
 
 
+def zeros(param: jax.Array, axis: int, rank: int) -> jax.Array:
+    """Zeros (*batch, rank, n) for an axis of a param, -2 or -1, sharded as it is."""
+    # A sum of zeros made from the param keeps the sharding of the axes that remain.
+    dense = jnp.zeros_like(param, dtype=jnp.float32)
+    one = jnp.sum(dense, axis=-3 - axis)[..., None, :]
+    return jnp.broadcast_to(one, (*one.shape[:-2], rank, one.shape[-1]))
+
+
+def inverse_of_lower(triangle: jax.Array) -> jax.Array:
+    """The inverse of lower triangles (*batch, k, k)."""
+    eye = jnp.eye(triangle.shape[-1], dtype=triangle.dtype)
+    return jax.lax.linalg.triangular_solve(
+        triangle, jnp.broadcast_to(eye, triangle.shape), left_side=True, lower=True
+    )
+
+
 def normal(path: str, field: str, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 numbers that depend on a leaf's path and field alone."""
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(f"{path}/{field}".encode()))

@@ -18,7 +18,7 @@ from optax_flash.transforms import _factors
 Scalar = jax.typing.ArrayLike
 
 # What only factors enter is cheap and decides how well Gram matrices are conditioned.
-HIGHEST = jax.lax.Precision.HIGHEST
+HIGHEST = _factors.HIGHEST
 # TensorFloat-32 on a GPU, three passes of bfloat16 on a TPU, float32 on a CPU. It is
 # enough for products with a gradient, which are 12 of every 13 operations: the factors
 # are orthonormalised before, so that its error is not magnified after.
@@ -34,11 +34,7 @@ def init_factors(
     param: jax.Array, rank: int, path: str, field: str
 ) -> tuple[jax.Array, jax.Array]:
     """Zeros on the left, N(0, 0.02**2) on the right, sharded like the param's axes."""
-    zeros = jnp.zeros_like(param, dtype=jnp.float32)
-    batch, (p, q) = param.shape[:-2], param.shape[-2:]
-    # Sums of zeros, which keep the sharding of the axes that remain.
-    left = jnp.broadcast_to(jnp.sum(zeros, axis=-1)[..., None, :], (*batch, rank, p))
-    right = jnp.broadcast_to(jnp.sum(zeros, axis=-2)[..., None, :], (*batch, rank, q))
+    left, right = (_factors.zeros(param, axis, rank) for axis in (-2, -1))
     return left, right + 0.02 * _factors.normal(path, field, right.shape)
 
 
@@ -148,22 +144,16 @@ def _orthonormal(
     unit = gram * inverse * jnp.swapaxes(inverse, -1, -2)
     cholesky = jax.lax.linalg.cholesky(unit + damping * eye, symmetrize_input=False)
     inverse_cholesky = jax.lax.platform_dependent(
-        cholesky, cpu=_inverse_in_halves, default=_inverse_by_solving
+        cholesky, cpu=_inverse_in_halves, default=_factors.inverse_of_lower
     )
     basis = _contract("rs,sn->rn", inverse_cholesky, inverse * factor, HIGHEST)
     return basis, inverse * jnp.swapaxes(inverse_cholesky, -1, -2)
 
 
-def _inverse_by_solving(c: jax.Array) -> jax.Array:
-    """The inverse of a lower triangle."""
-    eye = jnp.broadcast_to(jnp.eye(c.shape[-1], dtype=c.dtype), c.shape)
-    return jax.lax.linalg.triangular_solve(c, eye, left_side=True, lower=True)
-
-
 def _inverse_in_halves(c: jax.Array) -> jax.Array:
-    """The same by products of halves, for CPUs: there a large solve takes longest."""
+    """The same inverse by products of halves: on CPUs a large solve takes longest."""
     if c.shape[-1] <= 32:
-        return _inverse_by_solving(c)
+        return _factors.inverse_of_lower(c)
     half = c.shape[-1] // 2
     top = _inverse_in_halves(c[..., :half, :half])
     bottom = _inverse_in_halves(c[..., half:, half:])

@@ -51,10 +51,7 @@ def orthonormal_rows(rows: jax.Array) -> jax.Array:
             _factors.gram(rows) + shift * eye, symmetrize_input=False
         )
         # The inverse, and not a solve for all of the rows: products can be sharded.
-        inverse = jax.lax.linalg.triangular_solve(
-            lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True
-        )
-        rows = _factors.mix(inverse, rows)
+        rows = _factors.mix(_factors.inverse_of_lower(lower), rows)
     for _ in range(POLISHES):
         rows = _factors.mix(1.5 * eye - 0.5 * _factors.gram(rows), rows)
     return rows

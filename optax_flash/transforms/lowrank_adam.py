@@ -174,7 +174,7 @@ def scale_by_lowrank_adam(
 
     def first_factors(path: str, field: str, p: jax.Array) -> Factors:
         count = _factors.rank_of(p.shape, rank)
-        left, right = _zeros(p, -2, count), _zeros(p, -1, count)
+        left, right = (_factors.zeros(p, axis, count) for axis in (-2, -1))
         if strategy == "online":
             # A power iteration has to start somewhere. The product is zero even so.
             if _is_tall(p):
@@ -312,14 +312,6 @@ def _least_ratio(b1: Scalar, b2: Scalar) -> jax.Array:
     b1, b2 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
     above = (1 - b2) * jnp.maximum(b2 - b1 * b1, 0)
     return above / jnp.maximum(b2 * (1 - b1) ** 2, jnp.finfo(jnp.float32).tiny)
-
-
-def _zeros(p: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Zeros (*batch, rank, n) for an axis of a param, sharded as that axis is."""
-    other = -1 if axis == -2 else -2
-    # Made from p, so that its sharding is known.
-    one = jnp.sum(jnp.zeros_like(p, dtype=jnp.float32), axis=other)[..., None, :]
-    return jnp.broadcast_to(one, (*one.shape[:-2], rank, one.shape[-1]))
 
 
 def _is_absent(x: Any) -> bool:
