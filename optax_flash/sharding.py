@@ -62,18 +62,30 @@ def state_sharding(
       >>> sharding.scales["mu_scales"]["w"].spec
       P('fsdp', None)
     """
+    state, _ = formats.describe(tx, _shapes(params))
+    return tree_sharding(state, tx, params, param_sharding)
+
+
+def tree_sharding(
+    tree: PyTree,
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    param_sharding: PyTree,
+) -> PyTree:
+    """The same for any tree that holds a state of ``tx``, such as a train state."""
+    _, records = formats.describe(tx, _shapes(params))
     if isinstance(params, optax.LookaheadParams):
         # The state mirrors one of the two copies.
-        params, whole = params.fast, params
+        params = params.fast
         param_sharding = getattr(param_sharding, "fast", param_sharding)
-    else:
-        whole = params
     shardings = _of_params(params, param_sharding)
-    # Without the types of an explicit mesh, for which init would need its context.
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), whole)
-    state, records = formats.describe(tx, shapes)
     _warn_of_cut_groups(records, params, shardings)
-    return _shardings.of_tree(state, params, shardings)
+    return _shardings.of_tree(tree, params, shardings)
+
+
+def _shapes(params: PyTree) -> PyTree:
+    """Without the types of an explicit mesh, for which init would need its context."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
 
 
 def _of_params(params: PyTree, given: PyTree) -> list[NamedSharding]:
@@ -183,5 +195,5 @@ def _warn_of_cut_groups(
             "these params' last axes:\n"
             + "\n".join(lines[:3] + rest)
             + "\nShard another axis, or make it a multiple of shards times group.",
-            stacklevel=3,
+            stacklevel=4,
         )
