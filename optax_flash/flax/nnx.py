@@ -87,10 +87,10 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
 
 
 class _Named:
-    """A leaf with the sharding names that its Variable is to have; None for none."""
+    """A leaf, and the metadata that its Variable is to have besides its param's."""
 
-    def __init__(self, value: Any, names: tuple[Any, ...] | None):
-        self.value, self.names = value, names
+    def __init__(self, value: Any, metadata: dict[str, Any]):
+        self.value, self.metadata = value, metadata
 
 
 def _with_names(state: Any, params: Any) -> Any:
@@ -104,11 +104,10 @@ def _with_names(state: Any, params: Any) -> Any:
         return isinstance(x, nnx.Variable)
 
     def variable(x: Any) -> Any:
-        if not isinstance(x.get_value(), _Named):
+        leaf = x.get_value()
+        if not isinstance(leaf, _Named):
             return x
-        value, names = x.get_value().value, x.get_value().names
-        # What Flax takes for the state's out_sharding.
-        return x.replace(value, **({"optimizer_sharding": names} if names else {}))
+        return x.replace(leaf.value, **leaf.metadata)
 
     variables = jax.tree.leaves(params, is_leaf=is_variable)
     parts, join = _mirror.split_state(state, params)
@@ -116,19 +115,21 @@ def _with_names(state: Any, params: Any) -> Any:
     for part in parts:
         if isinstance(part, _mirror.Mirror):
             rows = zip(variables, part.entries, strict=True)
-            named = [_Named(x, _names(part.name, p, x)) for p, x in rows]
+            named = [_Named(x, _metadata(part.name, p, x)) for p, x in rows]
             part = jax.tree.map(variable, part.rebuild(named), is_leaf=is_variable)
         trees.append(part)
     return join(trees)
 
 
-def _names(field: str, param: nnx.Variable, x: Any) -> tuple[Any, ...] | None:
-    """The sharding names of one param's leaf in a field; None leaves what it has."""
+def _metadata(field: str, param: nnx.Variable, x: Any) -> dict[str, Any]:
+    """The sharding names of one param's leaf in a field, as Flax takes them."""
     metadata = param.get_metadata()
     names = metadata.get("out_sharding")
     is_names = isinstance(names, tuple | jax.sharding.PartitionSpec)
-    if not is_names or "optimizer_sharding" in metadata or not hasattr(x, "shape"):
-        return None
+    if not is_names or "optimizer_sharding" in metadata:
+        return {}
+    if not hasattr(x, "shape"):
+        return {"optimizer_sharding": None}
     mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
     # The names of the mesh's axes, where those of the param are logical.
     spec = nnx.get_partition_spec(param).get_value()
@@ -138,7 +139,8 @@ def _names(field: str, param: nnx.Variable, x: Any) -> tuple[Any, ...] | None:
         _shardings.along(field, spec, param.shape, x.shape),
         strict=True,
     )
-    return tuple(
+    fitted = [
         name if mesh.empty or size % meshes.shards(mesh, entry) == 0 else None
         for size, name, entry in rows
-    )
+    ]
+    return {"optimizer_sharding": tuple(fitted)}
