@@ -28,11 +28,6 @@ RULES = (("embed", "fsdp"), ("hidden", "tp"))
 X = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
 
 
-@pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS, name="optimizer")
-def optimizer_fixture(request):
-    return request.param
-
-
 @pytest.fixture(name="mesh")
 def mesh_fixture():
     return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
@@ -73,16 +68,17 @@ def from_shapes(params, mesh):
 
 
 @pytest.mark.parametrize(
-    "annotate, param_sharding",
+    "optimizer, annotate, param_sharding",
     [
-        (named, from_names),
-        (nn.with_logical_partitioning, from_logical_names),
-        (None, from_shapes),
+        ("adamw4", named, from_names),
+        ("adamw4", nn.with_logical_partitioning, from_logical_names),
+        ("adamw4", None, from_shapes),
+        ("low rank", named, from_names),
     ],
-    ids=["names", "logical names", "no names"],
+    ids=["names", "logical names", "no names", "low rank"],
 )
 def test_linen(mesh, optimizer, annotate, param_sharding):
-    make, field, axes = optimizer
+    make, field, axes = OPTIMIZERS[optimizer]
     tx = make()
     model = MLP(annotate)
 
@@ -135,10 +131,18 @@ class Model(nnx.Module):
         return self.small(self.large(x))
 
 
-@pytest.mark.parametrize("names", [("fsdp", "tp"), ("embed", "hidden")], ids=str)
-@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "optimizer, names, transform",
+    [
+        ("adamw4", ("fsdp", "tp"), lambda create: create),
+        ("adamw4", ("embed", "hidden"), nnx.jit),
+        ("low rank", ("embed", "hidden"), lambda create: create),
+        ("low rank", ("fsdp", "tp"), nnx.jit),
+    ],
+    ids=["eager", "logical names in jit", "low rank", "low rank in jit"],
+)
 def test_nnx(mesh, optimizer, names, transform):
-    make, field, axes = optimizer
+    make, field, axes = OPTIMIZERS[optimizer]
     tx = make()
 
     @transform

@@ -52,7 +52,10 @@ def make(seed, shape=(64, 256)):
 
 
 def train(tx, sharding=None, shape=(64, 256)):
-    """Params and state after three donated steps: alone, or with shardings to keep."""
+    """Params and state after three donated steps, and the text of the compiled step.
+
+    On one device, or on many with shardings to keep.
+    """
     params = make(0, shape)
     kwargs = {}
     if sharding is not None:
@@ -67,20 +70,21 @@ def train(tx, sharding=None, shape=(64, 256)):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step, donate_argnums=(0, 1), **kwargs)
     state = tx.init(params)
+    step = jax.jit(step, donate_argnums=(0, 1), **kwargs)
+    step = step.lower(params, state, params).compile()
     for seed in range(3):
         old = (params, state)
         params, state = step(
             params, state, jax.device_put(make(seed + 1, shape), sharding)
         )
         assert all(x.is_deleted() for x in jax.tree.leaves(old))
-    return params, state
+    return (params, state), step.as_text()
 
 
 @functools.cache
 def trained_alone(name):
-    return train(OPTIMIZERS[name]())
+    return train(OPTIMIZERS[name]())[0]
 
 
 def test_eager_init_stays_on_the_device_of_the_params(tx):
@@ -89,15 +93,10 @@ def test_eager_init_stays_on_the_device_of_the_params(tx):
     assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {device}
 
 
-def test_sharded_run_equals_single_device_run(name, tx, sharding):
-    chex.assert_trees_all_equal(train(tx, sharding), trained_alone(name))
-
-
-def test_update_communicates_nothing(tx, sharding):
-    params = jax.device_put(make(0), sharding)
-    state = tx.init(params)
-    compiled = jax.jit(tx.update).lower(params, state, params).compile()
-    assert not COLLECTIVE.findall(compiled.as_text())
+def test_sharded_run_is_the_single_device_run_without_communication(name, tx, sharding):
+    sharded, text = train(tx, sharding)
+    chex.assert_trees_all_equal(sharded, trained_alone(name))
+    assert not COLLECTIVE.findall(text)
 
 
 # Shards of 75 and of 25 columns hold no whole groups of 32. Two codes of 4 bits a byte
@@ -109,8 +108,9 @@ def test_update_communicates_nothing(tx, sharding):
 def test_shards_that_cut_groups_change_nothing(mesh, name, columns):
     tx, shape = OPTIMIZERS[name](), (64, columns)
     with pytest.warns(UserWarning, match=rf"'kernel' \[64, {columns}\] .*groups of 32"):
-        sharded = train(tx, NamedSharding(mesh, P(None, "fsdp")), shape)
-    chex.assert_trees_all_equal(sharded, train(tx, None, shape))
+        sharded, text = train(tx, NamedSharding(mesh, P(None, "fsdp")), shape)
+    chex.assert_trees_all_equal(sharded, train(tx, None, shape)[0])
+    assert "all-gather" in text
     codes, scales = (optax.tree.get(sharded[1], x) for x in ("mu", "mu_scales"))
     for x in (codes["kernel"], scales["kernel"]):
         assert x.sharding.is_fully_replicated == bool(x.shape[-1] % 4)
