@@ -108,14 +108,14 @@ class _Backward:
         leaves, self.treedef = jax.tree.flatten((params, opt_state))
         self.old = [jnp.asarray(x) for x in leaves]
         self.leaves = list(self.old)
-        self.parts: list[Part] = []
+        self.parts: list[list[Part]] = []
         owned: set[int] = set()
         for segment, place in zip(model.segments, self.places, strict=True):
             own = set(place.leaves) - owned
             owned |= own
             layers = self.old[place.leaves[0]].shape[0] if segment.stacked else None
-            self.parts.append(self.update.part(own, layers))
-        self.rest = self.update.rest(self.parts)
+            self.parts.append(self.update.parts(own, layers))
+        self.rest = self.update.rest([x for parts in self.parts for x in parts])
         self.known = self.update.environment(self.old)
         self.sums: dict[int, jax.Array] = {}
 
@@ -139,7 +139,10 @@ class _Backward:
             layer = _Layer(self.model.segments[i].function, x, self.batch)
             cotangent = self._update(i, *layer.gradients(params, cotangent))
         env = self.known | {
-            x: self.leaves[j] for part in self.parts for j, x in part.variables()
+            x: self.leaves[j]
+            for parts in self.parts
+            for part in parts
+            for j, x in part.variables()
         }
         for j, x in evaluate(self.rest, env).items():
             self.leaves[j] = x
@@ -167,7 +170,7 @@ class _Backward:
 
     def _update(self, i: int, grads: PyTree, cotangent: Cotangent) -> Cotangent:
         """Updates the params of segment ``i``; gives the cotangent, once it is done."""
-        part, place = self.parts[i], self.places[i]
+        (part,), place = self.parts[i], self.places[i]
         for j, grad in zip(place.leaves, jax.tree.leaves(grads), strict=True):
             self.sums[j] = self.sums[j] + grad if j in self.sums else grad
         complete = {j: self.sums.pop(j) for j in part.params}
@@ -180,48 +183,53 @@ class _Backward:
             self.leaves[j] = x
         return cotangent
 
-    def _stack(self, i: int, inputs: PyTree, cotangent: Cotangent) -> Cotangent:
+    def _stack(self, i: int, inputs: tuple[Any], cotangent: Cotangent) -> Cotangent:
         """Updates a stack of layers, from the last to the first."""
-        part, place = self.parts[i], self.places[i]
+        parts, place = self.parts[i], self.places[i]
         function = self.model.segments[i].function
-        known = scalars(part, self.known)
-        arrays = self.update.arrays(part)
         positions = {x: j for j, x in enumerate(self.update.operands)}
+        known = [scalars(part, self.known) for part in parts]
 
-        def body(carry: Any, layer: Any) -> Any:
-            cotangent, new = carry
+        def body(carry: tuple[Cotangent, Arrays], layer: tuple[Any, Any]) -> Any:
+            cotangent, stacks = carry
             index, x = layer
 
-            def at(j: int) -> jax.Array:
-                return lax.dynamic_slice_in_dim(new.get(j, self.old[j]), index, 1)
+            def at(x: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(x, index, 1)
 
-            params = {j: at(j)[0] for j in part.params}
+            def stack(x: Any) -> jax.Array:
+                j = positions.get(x, -1)
+                return stacks[j] if j in stacks else self.known[x]
+
+            params = {j: at(stack(self.update.operands[j]))[0] for j in place.leaves}
             grads, cotangent = _Layer(function, x, self.batch).gradients(
-                place.treedef.unflatten([params[j] for j in place.leaves]), cotangent
+                place.treedef.unflatten(params.values()), cotangent
             )
             # All that reads the params comes before they are written over.
             grads, cotangent = lax.optimization_barrier((grads, cotangent))
-            by_position = dict(zip(place.leaves, jax.tree.leaves(grads), strict=True))
-            grads = self._clipped(by_position, params)
-            env = known | {self.update.grads[j]: x[None] for j, x in grads.items()}
-            for x in arrays:
-                if x in positions:
-                    env[x] = at(positions[x])
-                else:
-                    env[x] = lax.dynamic_slice_in_dim(self.known[x], index, 1)
-            stepped = evaluate(part, env, index)
-            new = {
-                j: lax.dynamic_update_slice_in_dim(new[j], x, index, 0)
-                for j, x in stepped.items()
-            }
-            return (cotangent, new), None
+            by_position = zip(place.leaves, jax.tree.leaves(grads), strict=True)
+            grads = self._clipped(dict(by_position), params)
+            for part, of_scalars in zip(parts, known, strict=True):
+                env = of_scalars | {
+                    self.update.grads[j]: grads[j][None] for j in part.params
+                }
+                env |= {x: at(stack(x)) for x in self.update.arrays(part)}
+                for j, x in evaluate(part, env, index).items():
+                    stacks = stacks | {
+                        j: lax.dynamic_update_slice_in_dim(stacks[j], x, index, 0)
+                    }
+                stacks, grads = lax.optimization_barrier((stacks, grads))
+            return (cotangent, stacks), None
 
-        indices = jnp.arange(part.stacked, dtype=jnp.int32)
-        new = {j: self.old[j] for j in part.results}
-        (cotangent, new), _ = lax.scan(
-            body, (cotangent, new), (indices, inputs), reverse=True
+        layers = self.old[place.leaves[0]].shape[0]
+        stacks = {j: self.old[j] for part in parts for j in part.results}
+        (cotangent, stacks), _ = lax.scan(
+            body,
+            (cotangent, stacks),
+            (jnp.arange(layers, dtype=jnp.int32), inputs),
+            reverse=True,
         )
-        for j, x in new.items():
+        for j, x in stacks.items():
             self.leaves[j] = x
         return cotangent
 

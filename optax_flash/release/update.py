@@ -17,6 +17,7 @@ from jax.extend import core
 from optax_flash.fusion import leaf as fused
 from optax_flash.fusion import program as programs
 from optax_flash.fusion import run
+from optax_flash.fusion.choose import SMALL
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import Tile, op_p
 from optax_flash.fusion.slices import constant, jaxpr_of, slice_equations
@@ -35,14 +36,12 @@ class Part(NamedTuple):
         new values. What does not change is left out.
       scalars: equations on whole arrays that make scalars for ``eqns``.
       eqns: the rest; for stacked params they compute on slices of one layer.
-      stacked: the number of layers; None for params that are not stacked.
     """
 
     params: tuple[int, ...]
     results: dict[int, Any]
     scalars: list[Any]
     eqns: list[Any]
-    stacked: int | None
 
     def variables(self) -> list[tuple[int, Any]]:
         """The results that are not literals."""
@@ -97,15 +96,32 @@ class Update:
         self._consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         self._known = {*jaxpr.constvars, *jaxpr.invars}
 
-    def part(self, params: Iterable[int], stacked: int | None) -> Part:
-        """The update of params, by their positions.
+    def parts(self, params: Iterable[int], stacked: int | None) -> list[Part]:
+        """The updates of params, given by their positions.
+
+        Args:
+          params: what is updated at a time, when all their gradients are there.
+          stacked: how many layers they have; their updates run one after another, so
+            that but one of them has its state in slices. None for params that are not
+            stacked.
 
         Raises:
-          ValueError: it needs gradients of other params; or the params are stacked, and
-            it is not elementwise.
+          ValueError: an update needs gradients of other params; or the params are
+            stacked, and it is not elementwise.
         """
         own = set(params)
-        ordered = tuple(sorted(own))
+        together = self._part(own, stacked)
+        self._check_grads([*together.scalars, *together.eqns], own)
+        if stacked is None:
+            return [together]
+        self._check_elementwise(together, stacked)
+        small = {i for i in own if self.operands[i].aval.size < SMALL * stacked}
+        apart = [small, *({i} for i in sorted(own - small))]
+        parts = [self._part(some, stacked) for some in apart if some]
+        mixed = any(self._foreign(part.eqns, set(part.params)) for part in parts)
+        return [together] if mixed else parts
+
+    def _part(self, own: set[int], stacked: int | None) -> Part:
         results = {
             i: x
             for i, (x, old) in enumerate(zip(self.results, self.operands, strict=True))
@@ -114,13 +130,13 @@ class Update:
             and (stacked is None or old.aval.shape[:1] == (stacked,))
         }
         eqns = slice_equations(self.eqns, _variables(results.values()), self._known)
-        self._check_grads(eqns, own)
+        ordered = tuple(sorted(own))
         if stacked is None:
-            return Part(ordered, results, [], eqns, None)
-        scalars = self._check_elementwise(eqns, own, stacked)
-        made = {x for eqn in scalars for x in eqn.outvars}
+            return Part(ordered, results, [], eqns)
+        before = self._scalars(eqns)
+        made = {x for eqn in before for x in eqn.outvars}
         eqns = [eqn for eqn in eqns if not made.issuperset(eqn.outvars)]
-        return Part(ordered, results, scalars, eqns, stacked)
+        return Part(ordered, results, before, eqns)
 
     def rest(self, parts: list[Part]) -> Part:
         """What no part updates, such as step counts, from what the parts made."""
@@ -141,7 +157,7 @@ class Update:
                 f"which those of one layer are there at a time. "
                 f"{_advice(self._culprit(eqns))}"
             )
-        return Part((), results, [], eqns, None)
+        return Part((), results, [], eqns)
 
     def arrays(self, part: Part) -> list[Any]:
         """The variables of arrays, gradients aside, that a part of a stack takes."""
@@ -158,10 +174,14 @@ class Update:
         """
         return self._consts | dict(zip(self.operands, operands, strict=True))
 
+    def _foreign(self, eqns: list[Any], own: set[int]) -> list[int]:
+        """Params that are not ``own`` and whose gradients equations read."""
+        read = {x for eqn in eqns for x in _variables(eqn.invars)}
+        return [i for i, x in enumerate(self.grads) if x in read and i not in own]
+
     def _check_grads(self, eqns: list[Any], own: set[int]) -> None:
         """Raises where equations read gradients of params that are not ``own``."""
-        read = {x for eqn in eqns for x in _variables(eqn.invars)}
-        foreign = [i for i, x in enumerate(self.grads) if x in read and i not in own]
+        foreign = self._foreign(eqns, own)
         if foreign:
             reason = self._culprit(eqns)
             raise ValueError(
@@ -183,36 +203,32 @@ class Update:
             sources.update(dict.fromkeys(eqn.outvars, together))
         return "gradients are combined"
 
-    def _check_elementwise(
-        self, eqns: list[Any], own: set[int], layers: int
-    ) -> list[Any]:
-        """The equations that make scalars; raises where layers depend on each other."""
+    def _scalars(self, eqns: list[Any]) -> list[Any]:
+        """The equations that make the scalars which others compute arrays with."""
         arrays = [eqn for eqn in eqns if any(x.aval.shape for x in eqn.outvars)]
-        read = [x for eqn in arrays for x in eqn.invars if _is_variable(x)]
-        scalars = [x for x in read if not x.aval.shape]
-        before = slice_equations(eqns, scalars, self._known)
-        read = {x for eqn in before for x in _variables(eqn.invars)}
-        for i in sorted(own):
-            if self.grads[i] in read:
-                self._refuse(self.names[i], layers, _reduction(before))
-        made = {x for eqn in before for x in eqn.outvars}
-        arrays = [eqn for eqn in arrays if not made.issuperset(eqn.outvars)]
-        reasons = [(eqn, _misfit(eqn, layers)) for eqn in arrays]
+        read = [x for eqn in arrays for x in _variables(eqn.invars)]
+        return slice_equations(eqns, [x for x in read if not x.aval.shape], self._known)
+
+    def _check_elementwise(self, part: Part, layers: int) -> None:
+        """Raises where layers depend on each other."""
+        own = self._foreign(part.scalars, set())
+        if own:
+            self._refuse(self.names[own[0]], layers, _reduction(part.scalars))
+        reasons = [(eqn, _misfit(eqn, layers)) for eqn in part.eqns]
         # An op is only left over where something else does not fit.
         reasons.sort(key=lambda pair: pair[0].primitive is op_p)
         for eqn, reason in reasons:
             if reason:
-                self._refuse(self._whose(eqn, eqns, own), layers, reason)
-        return before
+                self._refuse(self._whose(eqn, part), layers, reason)
 
-    def _whose(self, eqn: Any, eqns: list[Any], own: set[int]) -> str:
+    def _whose(self, eqn: Any, part: Part) -> str:
         """The name of a param on which an equation depends."""
-        needed = slice_equations(eqns, eqn.outvars, self._known)
-        read = {x for each in needed for x in each.invars if _is_variable(x)}
-        for i in sorted(own):
+        needed = slice_equations(part.eqns, eqn.outvars, self._known)
+        read = {x for each in needed for x in _variables(each.invars)}
+        for i in part.params:
             if self.grads[i] in read or self.operands[i] in read:
                 return self.names[i]
-        return self.names[min(own)]
+        return self.names[part.params[0]]
 
     def _refuse(self, name: str, layers: int, reason: str) -> None:
         raise ValueError(
