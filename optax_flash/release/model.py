@@ -118,21 +118,19 @@ class Sequence:
     def __call__(self, params: optax.Params, *batch: Any) -> Any:
         places = places_of(self, params)
         leaves = jax.tree.leaves(params)
-        carried: tuple[Any, ...] = ()
-        for segment, place in zip(self.segments, places, strict=True):
+        x: tuple[Any, ...] = ()
+        for segment, place in zip(self.segments[:-1], places, strict=False):
             own = place.take(leaves)
-            if segment is self.segments[-1]:
-                break
             if segment.stacked:
                 # Inside of a scan nothing is merged with its recomputation anyway.
                 body = jax.checkpoint(
                     lambda x, p, f=segment.function: (f(p, x, *batch), None),
                     prevent_cse=False,
                 )
-                carried = (jax.lax.scan(body, *carried, own)[0],)
+                x = (jax.lax.scan(body, x[0], own)[0],)
             else:
-                carried = (jax.checkpoint(segment.function)(own, *carried, *batch),)
-        return self.segments[-1].function(own, *carried, *batch)
+                x = (jax.checkpoint(segment.function)(own, *x, *batch),)
+        return self.segments[-1].function(places[-1].take(leaves), *x, *batch)
 
 
 class Place(NamedTuple):

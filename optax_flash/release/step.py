@@ -160,7 +160,7 @@ class _Backward:
                 def body(x: Any, params: Any, function: Any = segment.function) -> Any:
                     return function(params, x, *self.batch), x
 
-                out, kept = lax.scan(body, *x, params)
+                out, kept = lax.scan(body, x[0], params)
                 inputs.append((kept,))
             else:
                 out = segment.function(params, *x, *self.batch)
@@ -248,7 +248,7 @@ class _Backward:
                 "such as optax.clip_by_global_norm, can see the gradients of one layer "
                 "after another; put others into tx."
             )
-        clipped, _ = self.per_layer.update(tree, state, like)
+        clipped: Any = self.per_layer.update(tree, state, like)[0]
         return {
             j: clipped[name].astype(grad.dtype)
             for (j, grad), name in zip(grads.items(), names, strict=True)

@@ -26,6 +26,15 @@ from optax_flash.transforms import _mirror
 PyTree = Any
 Env = dict[Any, Any]
 
+_CLIP = (
+    "To clip, clip each layer's gradients by themselves: "
+    "release.train_step(..., per_layer=optax.clip_by_global_norm(1.0))."
+)
+_WAIT = (
+    "optax.MultiSteps and optax.apply_if_finite do so, for example: they wait for all "
+    "gradients. Leave them out, and take smaller batches in place of accumulation."
+)
+
 
 class Part(NamedTuple):
     """The update of some params.
@@ -89,8 +98,8 @@ class Update:
                 fused.one_by_one(eqn) if eqn.primitive is fused.update_p else [eqn]
             )
         ]
-        self.grads = jaxpr.invars[: self.n]
-        self.operands = jaxpr.invars[self.n :]
+        self.grads: list[Any] = jaxpr.invars[: self.n]
+        self.operands: list[Any] = jaxpr.invars[self.n :]
         self.results = jaxpr.outvars
         self.owner = [*range(self.n), *_owners(state, params)]
         self._consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
@@ -147,16 +156,17 @@ class Update:
             if i not in made and x is not old
         }
         known = self._known | set(_variables(made.values()))
-        wanted = _variables(results.values())
-        eqns = slice_equations(self.eqns, wanted, known)
-        read = {x for eqn in eqns for x in _variables(eqn.invars)}
-        if read & set(self.grads):
-            names = [(*self.names, *self.state_names)[i] for i in results]
-            raise ValueError(
-                f"release: the state's {names[0]!r} is computed from gradients, of "
-                f"which those of one layer are there at a time. "
-                f"{_advice(self._culprit(eqns))}"
-            )
+        for i, x in results.items():
+            eqns = slice_equations(self.eqns, _variables([x]), known)
+            if self._foreign(eqns, set()):
+                name = (*self.names, *self.state_names)[i]
+                raise ValueError(
+                    f"release: {name!r} of the state is computed from whole gradients, "
+                    "but only those of one layer are there at a time. Take a "
+                    "transformation whose state has arrays like the params alone, or "
+                    "the ordinary step."
+                )
+        eqns = slice_equations(self.eqns, _variables(results.values()), known)
         return Part((), results, [], eqns)
 
     def arrays(self, part: Part) -> list[Any]:
@@ -187,7 +197,7 @@ class Update:
             raise ValueError(
                 f"release: the update of {self.names[min(own)]!r} needs the gradient "
                 f"of {self.names[foreign[0]]!r}, which is not there at the same time: "
-                f"{reason}. {_advice(reason)}"
+                f"{reason}. {_CLIP if 'norm' in reason else _WAIT}"
             )
 
     def _culprit(self, eqns: list[Any]) -> str:
@@ -233,9 +243,9 @@ class Update:
     def _refuse(self, name: str, layers: int, reason: str) -> None:
         raise ValueError(
             f"release: the update of {name!r}, a stack of {layers} layers, does not "
-            f"take one layer at a time: {reason}. {_advice(reason)} Other "
-            "transformations that are not elementwise need unstacked layers, each a "
-            "release.layer."
+            f"take one layer at a time: {reason}. {_CLIP} For other transformations "
+            "that are not elementwise, make each layer a release.layer of its own, "
+            "with params that are not stacked."
         )
 
 
@@ -334,19 +344,6 @@ def _reduction(eqns: list[Any]) -> str:
             name = eqn.primitive.name
             return programs.WORDS.get(name, f"{name!r} of a whole gradient")
     return "a scalar is computed from its gradient"
-
-
-def _advice(reason: str) -> str:
-    """What to do instead."""
-    if "lax.cond" in reason:
-        return (
-            "So do optax.MultiSteps and optax.apply_if_finite, which wait for all "
-            "gradients: take smaller batches or the ordinary step."
-        )
-    return (
-        "To clip gradients, clip those of each layer by themselves: "
-        "release.train_step(..., per_layer=optax.clip_by_global_norm(1.0))."
-    )
 
 
 def _check_kept(old: PyTree, new: PyTree) -> None:
