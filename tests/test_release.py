@@ -207,7 +207,8 @@ def test_per_layer_clipping():
     np.testing.assert_allclose(norm, 0.01, rtol=1e-4)
 
 
-def test_sharded_equals_one_device():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_equals_one_device(kind):
     """All of it elementwise, as sums over devices are rounded in another order."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: tests/conftest.py asks for them on CPU")
@@ -228,12 +229,17 @@ def test_sharded_equals_one_device():
     tx = finished(optax_flash.adamw8(1e-2))
     x = jnp.ones((64, 256), jnp.bfloat16)
     alone = run(ordinary_step(model, tx), tx, params, x)
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"first": P("fsdp"), "blocks": P(None, "fsdp", "tp"), "last": P(None, "tp")}
-    sharded = jax.device_put(
-        params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    )
-    found = run(release.train_step(model, tx), tx, sharded, x)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    rows = NamedSharding(mesh, P("fsdp", "tp"))
+    layers = NamedSharding(mesh, P(None, "fsdp", "tp"))
+    shardings = {"first": rows, "blocks": layers, "last": rows}
+    with jax.set_mesh(mesh):
+        found = run(
+            release.train_step(model, tx),
+            tx,
+            jax.device_put(params, shardings),
+            jax.device_put(x, rows),
+        )
     chex.assert_trees_all_equal(found[1:], alone[1:])
 
 
@@ -355,3 +361,10 @@ def test_clipping_with_a_state_is_refused():
     step = release.train_step(STACKED, tx, per_layer=optax.zero_nans())
     with pytest.raises(ValueError, match="per_layer keeps a state.*found_nan"):
         jax.eval_shape(step, params, jax.eval_shape(tx.init, params), TOKENS)
+
+
+def test_layers_that_change_the_dtype_of_x_are_refused():
+    scan = release.scan("blocks", lambda p, x, _: x.astype(jnp.float32) + p["up"][0, 0])
+    params = make_params()
+    with pytest.raises(ValueError, match=r"'blocks'.*bfloat16\[2,12,48\].*float32"):
+        jax.eval_shape(release.sequence(ENDS[0], scan, ENDS[1]), params, TOKENS)

@@ -69,13 +69,21 @@ def _in_xla(
     """Programs as a function of whole arrays: the reference."""
     del implementation, devices
     if sliced:
-        return partition.whole(programs, plain.update, sliced)
+        return functools.partial(_sliced_in_xla, programs)
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         rows = zip(programs, partition.by_leaf(programs, operands), strict=True)
         return [x for program, of_leaf in rows for x in _one_in_xla(program)(*of_leaf)]
 
     return run
+
+
+def _sliced_in_xla(programs: Programs, *operands: jax.Array) -> list[jax.Array]:
+    """The same on slices, of which the first operand is the index."""
+    avals = [jax.typeof(x) for x in operands]
+    if partition.explicit_mesh(avals):
+        return partition.mapped(programs, plain.update, avals, None, True)(*operands)
+    return partition.whole(programs, plain.update, True)(*operands)
 
 
 @functools.lru_cache(maxsize=4096)

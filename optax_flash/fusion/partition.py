@@ -90,19 +90,20 @@ def mapped(
     programs: Programs,
     kernel: Kernel,
     avals: Sequence[Any],
-    out_avals: Sequence[Any],
+    out_avals: Sequence[Any] | None,
     sliced: bool = False,
 ) -> Callable[..., list[jax.Array]]:
     """The same on a mesh of explicit axes, where types tell how leaves are sharded.
 
     Args:
       avals: the operands' types.
-      out_avals: the results'. Where a last axis was gathered, it is sharded again.
+      out_avals: the results'. Where a last axis was gathered, it is sharded again. None
+        leaves it so.
     """
     mesh = explicit_mesh(avals)
     specs = _specs(programs, mesh, avals, sliced)
     operand_specs, result_specs = _by_array(programs, specs, sliced)
-    given = [x.sharding.spec for x in out_avals]
+    given = [x.sharding.spec for x in out_avals] if out_avals else result_specs
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         results = jax.shard_map(

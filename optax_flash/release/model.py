@@ -33,6 +33,24 @@ class Segment:
     def __str__(self) -> str:
         return ", ".join(map(repr, self.names))
 
+    def of_stack(self, params: PyTree, x: PyTree, *batch: Any) -> PyTree:
+        """The function of one layer of a stack.
+
+        Raises:
+          ValueError: it does not keep the shapes and dtypes of ``x``.
+        """
+        out = self.function(params, x, *batch)
+        if jax.tree.structure(out) == jax.tree.structure(x):
+            pairs = zip(jax.tree.leaves(x), jax.tree.leaves(out), strict=True)
+            types = [(jax.typeof(a), jax.typeof(b)) for a, b in pairs]
+            if all(a.shape == b.shape and a.dtype == b.dtype for a, b in types):
+                return out
+        raise ValueError(
+            f"release.scan({self}): a layer takes {jax.tree.map(jax.typeof, x)} and "
+            f"returns {jax.tree.map(jax.typeof, out)}. It has to keep the structure, "
+            "shapes and dtypes of x, for the next layer takes it."
+        )
+
 
 def layer(names: str | tuple[str, ...], function: Callable[..., Any]) -> Segment:
     """A segment whose params are used once.
@@ -124,7 +142,7 @@ class Sequence:
             if segment.stacked:
                 # Inside of a scan nothing is merged with its recomputation anyway.
                 body = jax.checkpoint(
-                    lambda x, p, f=segment.function: (f(p, x, *batch), None),
+                    lambda x, p, f=segment.of_stack: (f(p, x, *batch), None),
                     prevent_cse=False,
                 )
                 x = (jax.lax.scan(body, x[0], own)[0],)

@@ -157,7 +157,7 @@ class _Backward:
             params = place.take(self.old)
             if segment.stacked:
 
-                def body(x: Any, params: Any, function: Any = segment.function) -> Any:
+                def body(x: Any, params: Any, function: Any = segment.of_stack) -> Any:
                     return function(params, x, *self.batch), x
 
                 out, kept = lax.scan(body, x[0], params)
