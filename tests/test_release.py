@@ -5,6 +5,7 @@ contracted into one in some programs and not in others.
 """
 
 import functools
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -116,6 +117,10 @@ OPTIMIZERS = {
     "partition": lambda: optax.partition(
         {"a": optax_flash.compress(optax.adan(1e-2), "affine8"), "b": optax.sgd(0.1)},
         {"embed": "b", "blocks": {"up": "a", "down": "a", "bias": "b"}, "norm": "b"},
+    ),
+    # Both count over all params.
+    "tamed_adamw8": lambda: optax.chain(
+        optax.zero_nans(), optax_flash.tamed_adamw8(1e-2, threshold=1e-3)
     ),
     "kernels": lambda: finished(optax_flash.adamw4(1e-2, implementation="interpret")),
 }
@@ -271,6 +276,18 @@ def test_train_state():
     chex.assert_trees_all_equal(found.params, expected.params)
 
 
+class NormState(NamedTuple):
+    norm: jax.Array
+
+
+def norm_of_updates():
+    def update(updates, state, params=None):
+        del state, params
+        return updates, NormState(optax.tree.norm(updates))
+
+    return optax.GradientTransformation(lambda _: NormState(jnp.zeros([])), update)
+
+
 ADAMW8 = functools.partial(optax_flash.adamw8, 1e-3)
 REFUSED = {
     "global norm": (
@@ -301,9 +318,9 @@ REFUSED = {
         lambda: optax_flash.lowrank_adamw(1e-3, 4, min_dim=8),
         "'blocks/.*a matrix product.*not stacked",
     ),
-    "a count over all params": (
-        lambda: optax_flash.tamed_adamw8(1e-3, threshold=1.0),
-        "'.*clipped' of the state .* whole gradients",
+    "a norm in the state": (
+        lambda: optax.chain(ADAMW8(), norm_of_updates()),
+        "'1/norm' of the state .* whole gradients",
     ),
 }
 

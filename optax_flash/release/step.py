@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from optax_flash.release.model import Sequence, places_of
-from optax_flash.release.update import Part, Update, evaluate, scalars
+from optax_flash.release.update import EXACT, Part, Update, evaluate, scalars
 from optax_flash.transforms import _mirror
 
 PyTree = Any
@@ -90,6 +90,7 @@ class _Backward:
       parts: the update of what each segment owns: of params that several share, the
         first one has the last gradient.
       sums: gradients of shared params that are not complete.
+      reduced: values of the parts' reductions.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class _Backward:
         self.rest = self.update.rest([x for parts in self.parts for x in parts])
         self.known = self.update.environment(self.old)
         self.sums: dict[int, jax.Array] = {}
+        self.reduced: dict[Any, jax.Array] = {}
 
     def run(self) -> tuple[Any, Any, Any]:
         """``(loss, params, opt_state)``."""
@@ -144,7 +146,7 @@ class _Backward:
             for part in parts
             for j, x in part.variables()
         }
-        for j, x in evaluate(self.rest, env).items():
+        for j, x in evaluate(self.rest, env | self.reduced)[0].items():
             self.leaves[j] = x
         params, opt_state = self.treedef.unflatten(self.leaves)
         return loss, params, opt_state
@@ -176,7 +178,8 @@ class _Backward:
         complete = {j: self.sums.pop(j) for j in part.params}
         complete = self._clipped(complete, {j: self.old[j] for j in part.params})
         env = {self.update.grads[j]: x for j, x in complete.items()}
-        new = evaluate(part, self.known | env)
+        new, reduced = evaluate(part, self.known | env)
+        self.reduced.update(zip(part.reductions, reduced, strict=True))
         # Nothing further down may begin while these gradients live.
         cotangent, new = lax.optimization_barrier((cotangent, new))
         for j, x in new.items():
@@ -190,9 +193,13 @@ class _Backward:
         positions = {x: j for j, x in enumerate(self.update.operands)}
         known = [scalars(part, self.known) for part in parts]
 
-        def body(carry: tuple[Cotangent, Arrays], layer: tuple[Any, Any]) -> Any:
-            cotangent, stacks = carry
+        equations = {x: eqn for part in parts for x, eqn in part.reductions.items()}
+        combine = {x: EXACT[eqn.primitive.name] for x, eqn in equations.items()}
+
+        def body(carry: Any, layer: tuple[Any, Any]) -> Any:
+            cotangent, stacks, reduced = carry
             index, x = layer
+            partial: list[Any] = []
 
             def at(x: jax.Array) -> jax.Array:
                 return lax.dynamic_slice_in_dim(x, index, 1)
@@ -214,21 +221,31 @@ class _Backward:
                     self.update.grads[j]: grads[j][None] for j in part.params
                 }
                 env |= {x: at(stack(x)) for x in self.update.arrays(part)}
-                for j, x in evaluate(part, env, index).items():
+                stepped, of_part = evaluate(part, env, index)
+                partial += of_part
+                for j, x in stepped.items():
                     stacks = stacks | {
                         j: lax.dynamic_update_slice_in_dim(stacks[j], x, index, 0)
                     }
                 stacks, grads = lax.optimization_barrier((stacks, grads))
-            return (cotangent, stacks), None
+            reduced = [
+                function(a, b)
+                for (function, _), a, b in zip(
+                    combine.values(), reduced, partial, strict=True
+                )
+            ]
+            return (cotangent, stacks, reduced), None
 
         layers = self.old[place.leaves[0]].shape[0]
         stacks = {j: self.old[j] for part in parts for j in part.results}
-        (cotangent, stacks), _ = lax.scan(
+        begin = [jnp.asarray(zero, x.aval.dtype) for x, (_, zero) in combine.items()]
+        (cotangent, stacks, reduced), _ = lax.scan(
             body,
-            (cotangent, stacks),
+            (cotangent, stacks, begin),
             (jnp.arange(layers, dtype=jnp.int32), inputs),
             reverse=True,
         )
+        self.reduced.update(zip(combine, reduced, strict=True))
         for j, x in stacks.items():
             self.leaves[j] = x
         return cotangent

@@ -6,11 +6,13 @@ whole, random bits are those of the whole, and a part that needs another's gradi
 found out before anything runs.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import optax
 from jax.extend import core
 
@@ -19,12 +21,20 @@ from optax_flash.fusion import program as programs
 from optax_flash.fusion import run
 from optax_flash.fusion.choose import SMALL
 from optax_flash.fusion.inline import inline
-from optax_flash.fusion.ops import Tile, op_p
+from optax_flash.fusion.ops import Decode, Elementwise, Tile, op_p
 from optax_flash.fusion.slices import constant, jaxpr_of, slice_equations
 from optax_flash.transforms import _mirror
 
 PyTree = Any
 Env = dict[Any, Any]
+
+EXACT = {
+    "reduce_sum": (jnp.add, 0),
+    "reduce_or": (jnp.logical_or, False),
+    "reduce_and": (jnp.logical_and, True),
+}
+"""Reductions that do not depend on the order of layers, sums of integers alone; how to
+combine two and what to begin with. States count with them, of whole gradients."""
 
 _CLIP = (
     "To clip, clip each layer's gradients by themselves: "
@@ -41,6 +51,8 @@ class Part(NamedTuple):
 
     Attributes:
       params: their positions.
+      reductions: variables of scalars that the rest of the update takes, see
+        :data:`EXACT`, and their equations.
       results: for positions among the params' and state's leaves the variables of their
         new values. What does not change is left out.
       scalars: equations on whole arrays that make scalars for ``eqns``.
@@ -48,6 +60,7 @@ class Part(NamedTuple):
     """
 
     params: tuple[int, ...]
+    reductions: dict[Any, Any]
     results: dict[int, Any]
     scalars: list[Any]
     eqns: list[Any]
@@ -104,6 +117,7 @@ class Update:
         self.owner = [*range(self.n), *_owners(state, params)]
         self._consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         self._known = {*jaxpr.constvars, *jaxpr.invars}
+        self._reductions = self._find_reductions()
 
     def parts(self, params: Iterable[int], stacked: int | None) -> list[Part]:
         """The updates of params, given by their positions.
@@ -138,14 +152,17 @@ class Update:
             and self.owner[i] in own
             and (stacked is None or old.aval.shape[:1] == (stacked,))
         }
-        eqns = slice_equations(self.eqns, _variables(results.values()), self._known)
+        reductions = {x: eqn for x, (i, eqn) in self._reductions.items() if i in own}
+        reduced = [eqn.invars[0] for eqn in reductions.values()]
+        wanted = _variables([*results.values(), *reduced])
+        eqns = slice_equations(self.eqns, wanted, self._known)
         ordered = tuple(sorted(own))
         if stacked is None:
-            return Part(ordered, results, [], eqns)
+            return Part(ordered, reductions, results, [], eqns)
         before = self._scalars(eqns)
         made = {x for eqn in before for x in eqn.outvars}
         eqns = [eqn for eqn in eqns if not made.issuperset(eqn.outvars)]
-        return Part(ordered, results, before, eqns)
+        return Part(ordered, reductions, results, before, eqns)
 
     def rest(self, parts: list[Part]) -> Part:
         """What no part updates, such as step counts, from what the parts made."""
@@ -155,7 +172,7 @@ class Update:
             for i, (x, old) in enumerate(zip(self.results, self.operands, strict=True))
             if i not in made and x is not old
         }
-        known = self._known | set(_variables(made.values()))
+        known = self._known | set(_variables(made.values())) | set(self._reductions)
         for i, x in results.items():
             eqns = slice_equations(self.eqns, _variables([x]), known)
             if self._foreign(eqns, set()):
@@ -167,12 +184,13 @@ class Update:
                     "the ordinary step."
                 )
         eqns = slice_equations(self.eqns, _variables(results.values()), known)
-        return Part((), results, [], eqns)
+        return Part((), {}, results, [], eqns)
 
     def arrays(self, part: Part) -> list[Any]:
         """The variables of arrays, gradients aside, that a part of a stack takes."""
         read = [x for eqn in part.eqns for x in _variables(eqn.invars)]
         read += _variables(part.results.values())
+        read += _variables(eqn.invars[0] for eqn in part.reductions.values())
         known = self._known.difference(self.grads)
         return [x for x in dict.fromkeys(read) if x in known and x.aval.shape]
 
@@ -183,6 +201,25 @@ class Update:
           operands: leaves of params and state.
         """
         return self._consts | dict(zip(self.operands, operands, strict=True))
+
+    def _find_reductions(self) -> dict[Any, tuple[int, Any]]:
+        """Those of one param's arrays from which scalars of the state are made."""
+        sources = {x: frozenset([i]) for i, x in enumerate(self.grads)}
+        found: dict[Any, tuple[int, Any]] = {}
+        for eqn in self.eqns:
+            of = frozenset[int]().union(
+                *(sources.get(x, frozenset()) for x in _variables(eqn.invars))
+            )
+            sources.update(dict.fromkeys(eqn.outvars, of))
+            (x, *_), name = eqn.outvars, eqn.primitive.name
+            whole = name == "reduce_sum" and jnp.issubdtype(x.aval.dtype, jnp.integer)
+            if len(of) == 1 and not x.aval.shape:
+                if whole or name in ("reduce_or", "reduce_and"):
+                    found[x] = (next(iter(of)), eqn)
+        wanted = [x for x in _variables(self.results) if not x.aval.shape]
+        eqns = slice_equations(self.eqns, wanted, self._known | set(found))
+        read = {x for eqn in eqns for x in _variables(eqn.invars)} | set(wanted)
+        return {x: of for x, of in found.items() if x in read}
 
     def _foreign(self, eqns: list[Any], own: set[int]) -> list[int]:
         """Params that are not ``own`` and whose gradients equations read."""
@@ -249,8 +286,10 @@ class Update:
         )
 
 
-def evaluate(part: Part, env: Env, index: jax.Array | None = None) -> dict[int, Any]:
-    """The new values of a part's results.
+def evaluate(
+    part: Part, env: Env, index: jax.Array | None = None
+) -> tuple[dict[int, Any], list[Any]]:
+    """The new values of a part's results, and its reductions.
 
     Args:
       part: what to compute.
@@ -292,7 +331,11 @@ def evaluate(part: Part, env: Env, index: jax.Array | None = None) -> dict[int, 
             out = _equation(eqn, [read(x) for x in eqn.invars], index is not None)
             env.update(zip(eqn.outvars, out, strict=True))
     run_waiting()
-    return {i: read(x) for i, x in part.results.items()}
+    reduced = [
+        _equation(eqn, [read(eqn.invars[0])], False)[0]
+        for eqn in part.reductions.values()
+    ]
+    return {i: read(x) for i, x in part.results.items()}, reduced
 
 
 def scalars(part: Part, env: Env) -> Env:
@@ -307,6 +350,11 @@ def scalars(part: Part, env: Env) -> Env:
 def _equation(eqn: Any, args: list[Any], sliced: bool) -> Any:
     """An equation's results, on slices of one layer where it makes arrays."""
     aval = eqn.outvars[0].aval
+    if sliced and eqn.primitive is op_p:
+        op = eqn.params["op"]
+        if isinstance(op, Decode):
+            op = dataclasses.replace(op, shape=(1, *op.shape[1:]))
+        return op.whole(*args)
     variables, values = [], []
     for x, value in zip(eqn.invars, args, strict=True):
         if _is_variable(x) and x not in variables:
@@ -328,7 +376,12 @@ def _misfit(eqn: Any, layers: int) -> str | None:
             return "its codes share scales along the axis of layers"
         return None
     if eqn.primitive is op_p:
-        return "arrays of several shapes meet"
+        # Others draw random bits, by the place in the whole leaf.
+        op = eqn.params["op"]
+        fits = isinstance(op, Elementwise) or (
+            isinstance(op, Decode) and len(op.shape) > 1
+        )
+        return None if fits else "arrays of several shapes meet"
     reason = programs.misfit(eqn)
     for x in eqn.outvars:
         if x.aval.shape and x.aval.shape[:1] != (layers,):
