@@ -211,7 +211,8 @@ class Update:
                 *(sources.get(x, frozenset()) for x in _variables(eqn.invars))
             )
             sources.update(dict.fromkeys(eqn.outvars, of))
-            (x, *_), name = eqn.outvars, eqn.primitive.name
+            x: Any = eqn.outvars[0]
+            name = eqn.primitive.name
             whole = name == "reduce_sum" and jnp.issubdtype(x.aval.dtype, jnp.integer)
             if len(of) == 1 and not x.aval.shape:
                 if whole or name in ("reduce_or", "reduce_and"):
