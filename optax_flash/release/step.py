@@ -252,7 +252,7 @@ class _Backward:
 
     def _clipped(self, grads: Arrays, params: Arrays) -> Arrays:
         """The gradients of one layer after ``per_layer``; all by their positions."""
-        if self.per_layer is None:
+        if self.per_layer is None or not grads:
             return grads
         names = [self.update.names[j] for j in grads]
         tree = dict(zip(names, grads.values(), strict=True))
