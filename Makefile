@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	codec-lab quality lion budget fashion-mnist clean
+	release-memory codec-lab quality lion budget fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -35,6 +35,9 @@ bench-cpu: .venv/examples ## step time on a CPU against optax
 
 gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
 	$(BIN)/python benchmarks/gpu_report.py
+
+release-memory: .venv-cuda/done ## memory of train steps with gradient release, compiled
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
 
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab

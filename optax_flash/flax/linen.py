@@ -9,6 +9,7 @@ from flax.training import train_state
 from jax.typing import DTypeLike
 
 from optax_flash.flax.precision import KeepFloat32, is_norm, with_master_weights
+from optax_flash.release import Sequence, train_step
 from optax_flash.sharding import tree_sharding
 from optax_flash.transforms.master_weights import (
     cast_params,
@@ -74,6 +75,31 @@ class TrainState(train_state.TrainState):
         )
         opt_state = set_master_params(state.opt_state, half, params)
         return state.replace(opt_state=opt_state)
+
+    def release_gradients(
+        self,
+        model: Sequence,
+        *batch: Any,
+        per_layer: optax.GradientTransformation | None = None,
+    ) -> tuple[Any, "TrainState"]:
+        """A step in which no gradient outlives its layer.
+
+        In the place of ``jax.grad`` and ``apply_gradients``; see
+        :func:`optax_flash.release.train_step`.
+
+        Args:
+          model: of :func:`optax_flash.release.sequence`.
+          *batch: what its functions take.
+          per_layer: what each layer's gradients go through first, such as clipping.
+
+        Returns:
+          ``(loss, state)``.
+        """
+        step = train_step(model, self.tx, per_layer=per_layer)
+        loss, params, opt_state = step(self.params, self.opt_state, *batch)
+        return loss, self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state
+        )
 
     def state_sharding(self, param_sharding: Any = None) -> "TrainState":
         """The sharding of every array: of params, of their optimizer state, of others.

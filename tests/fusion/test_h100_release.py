@@ -1,0 +1,64 @@
+"""Gradient release on an H100, compiled and not run; see ``make test-cuda``."""
+
+import functools
+import re
+
+import pytest
+from release_memory import (
+    MODEL,
+    SHAPES,
+    arguments,
+    bytes_of,
+    compiled,
+    measure,
+    memory,
+    optimizer,
+    ordinary_step,
+)
+
+from optax_flash import release
+
+pytestmark = pytest.mark.cuda
+
+
+@functools.cache
+def steps():
+    """The ordinary and the released step of 24 layers, and the bytes of gradients."""
+    tx = optimizer()
+    args = arguments(SHAPES["24 layers"], tx)
+    ordinary = compiled(ordinary_step(MODEL, tx), args)
+    released = compiled(release.train_step(MODEL, tx), args)
+    return ordinary, released, bytes_of(args[0])
+
+
+def test_temporaries_fall_by_the_gradients():
+    ordinary, released, gradients = steps()
+    fallen = memory(ordinary)["temporaries"] - memory(released)["temporaries"]
+    assert fallen > 0.9 * gradients
+
+
+def test_params_and_state_are_updated_in_place():
+    _, released, _ = steps()
+    found = released.memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    assert 0 <= results < 2**20
+    # Nothing as large as a stack is copied, in the loop or around it.
+    assert not re.findall(r"= \w+\[24,\d{3,}[\d,]*\]\S* copy\(", released.as_text())
+
+
+def test_one_kernel_for_each_matrix_of_a_layer_in_the_loop():
+    _, released, _ = steps()
+    computations = re.split(r"\n(?=\S)", released.as_text())
+    counts = [
+        len(re.findall(r"pallas_call\S* = .*custom-call\(", text))
+        for text in computations
+    ]
+    # Four matrices and both norms of a layer; two embeddings and the last norm.
+    assert sorted(n for n in counts if n) == [3, 5]
+
+
+def test_a_model_of_one_and_a_half_billion_params():
+    found = measure("GPT-2 XL")
+    assert found["params"] > 1.5e9
+    assert found["peak without activations, bytes a parameter"]["released"] < 5.5
+    assert found["temporaries fall by, of the gradients"] > 0.9
