@@ -98,7 +98,7 @@ def table(rows):
         f"`python benchmarks/tpu_report.py`, compiled by XLA, not run: jax "
         f"{jax.__version__}, one leaf of {SHAPE[0]}x{SHAPE[1]}.",
         "",
-        "| device | step | our kernels | bytes accessed a parameter | temporaries, MB |",
+        "| device | step | our kernels | bytes accessed a parameter | temporary MB |",
         "|---|---|---:|---:|---:|",
     ]
     for row in rows:
