@@ -1,11 +1,13 @@
 # Everything runs in .venv, which the first target to need it makes. Only what compiles
-# for GPUs has an environment of its own, for the 3 GB of CUDA libraries.
+# for GPUs and TPUs has environments of its own: 3 GB of CUDA libraries, and libtpu, which
+# makes every import of jax slow.
 PYTHON ?= python3
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
+TPU_BIN := .venv-tpu/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	release-memory codec-lab quality lion budget fashion-mnist clean
+	release-memory tpu-report codec-lab quality lion budget fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -39,6 +41,9 @@ gpu-report: .venv/examples ## correctness and speed on one GPU, beside other opt
 release-memory: .venv-cuda/done ## memory of train steps with gradient release, compiled
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
 
+tpu-report: .venv-tpu/done ## what XLA makes of an update for TPUs; needs none
+	$(TPU_BIN)/python benchmarks/tpu_report.py
+
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
 
@@ -56,7 +61,7 @@ lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and
 fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 
 clean:
-	rm -rf .venv .venv-cuda runs data
+	rm -rf .venv .venv-cuda .venv-tpu runs data
 
 data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
@@ -77,4 +82,9 @@ data/fashion-mnist:
 .venv-cuda/done: pyproject.toml
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv .venv-cuda
 	$(CUDA_BIN)/pip install --quiet -e ".[cuda13,triton,flax,test]"
+	touch $@
+
+.venv-tpu/done: pyproject.toml
+	test -x $(TPU_BIN)/python || $(PYTHON) -m venv .venv-tpu
+	$(TPU_BIN)/pip install --quiet -e ".[tpu]"
 	touch $@

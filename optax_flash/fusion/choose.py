@@ -12,8 +12,8 @@ TOGETHER = 16
 """How many of them share one."""
 
 
-def misfit(program: Program, implementation: str) -> str | None:
-    """Why a program cannot run in a kernel; None if it can."""
+def misfit(program: Program, implementation: str, platform: str = "cuda") -> str | None:
+    """Why a program cannot run in a kernel for a platform; None if it can."""
     if implementation == "xla":
         return None
     if program.size >= 2**31:
@@ -28,6 +28,10 @@ def misfit(program: Program, implementation: str) -> str | None:
         if role.kind != "scalar" and x.aval.dtype.name in ("bool", "float64", "int64"):
             return f"an operand is {x.aval.dtype}"
     # Backends import compilers, for which nobody else should wait.
+    if implementation == "pallas" and platform == "tpu":
+        from optax_flash.fusion import mosaic
+
+        return mosaic.reason(program)
     if implementation == "pallas":
         from optax_flash.fusion import pallas
 
@@ -45,11 +49,11 @@ def choose(
     """The implementation that runs a program on a platform, and why."""
     if implementation is not None:
         return implementation, "asked for"
-    if platform != "cuda":
+    if platform not in ("cuda", "tpu"):
         return "xla", f"there are no kernels for {platform}"
-    reason = misfit(program, "pallas")
+    reason = misfit(program, "pallas", platform)
     if reason:
         return "xla", reason
-    if program.size < SMALL:
+    if platform == "cuda" and program.size < SMALL:
         return "pallas", f"elementwise; {TOGETHER} small leaves share a kernel"
     return "pallas", "elementwise"

@@ -9,7 +9,7 @@ from jax.extend import core
 from jax.interpreters import mlir
 
 from optax_flash.fusion import cpu, ops, partition, plain
-from optax_flash.fusion.choose import choose
+from optax_flash.fusion.choose import choose, misfit
 from optax_flash.fusion.program import Program, whole
 from optax_flash.fusion.tiles import Shard
 from optax_flash.fusion.tuning import config_for
@@ -96,6 +96,13 @@ update_p = core.Primitive("optax_flash_update")
 ops.define(update_p, _in_xla)
 
 
+NEEDS = {
+    "pallas": {"cuda": "an NVIDIA GPU", "tpu": "a TPU"},
+    "triton": {"cuda": "an NVIDIA GPU"},
+}
+"""The platforms of kernels, and what they are."""
+
+
 def _lowering(platform: str) -> Callable[..., Any]:
     def lower(
         ctx: mlir.LoweringRuleContext,
@@ -110,23 +117,43 @@ def _lowering(platform: str) -> Callable[..., Any]:
         names = {choose(program, implementation, platform)[0] for program in programs}
         if platform == "cpu" and "xla" in names and not any(map(cpu.misfit, programs)):
             names = {"phases"}
+        context = ctx.module_context.axis_context
+        explicit = partition.explicit_mesh(ctx.avals_in)
+        if platform == "tpu" and not explicit and not _is_local(context):
+            # XLA's partitioner for TPUs takes no custom partitioning.
+            if implementation:
+                raise ValueError(
+                    f"implementation={implementation!r} on several TPUs needs a mesh "
+                    "of explicit axes (jax.sharding.AxisType.Explicit) or jax.shard_map"
+                    " around the update. implementation=None runs it in XLA."
+                )
+            names = {"xla"}
         if names & {"xla"} and sliced:
             names = {"plain"}
         if names & {"xla"}:
             function = _in_xla(programs)
         else:
-            kernel = _kernel(*names)
-            if platform != "cuda" and names & {"pallas", "triton"}:
+            (name,) = names
+            kernel = _kernel(name, platform)
+            if platform not in NEEDS.get(name, {platform: ""}):
                 raise ValueError(
-                    f"implementation={implementation!r} needs an NVIDIA GPU, but this "
-                    f"is compiled for {', '.join(ctx.module_context.platforms)}. "
+                    f"implementation={implementation!r} needs "
+                    f"{' or '.join(NEEDS[name].values())}, but this is compiled for "
+                    f"{', '.join(ctx.module_context.platforms)}. "
                     "implementation=None takes what there is; 'interpret' runs the "
                     "Pallas kernel anywhere, slowly, for tests."
                 )
-            context = ctx.module_context.axis_context
-            if isinstance(context, mlir.ShardingContext) and context.num_devices == 1:
+            if name == "pallas":
+                for program in programs:
+                    if reason := misfit(program, name, platform):
+                        raise ValueError(
+                            f"implementation='pallas' does not fit a leaf of shape "
+                            f"{list(program.shape)}: {reason}. implementation=None "
+                            "runs it in XLA."
+                        )
+            if _is_local(context):
                 function = partition.whole(programs, kernel, sliced)
-            elif partition.explicit_mesh(ctx.avals_in):
+            elif explicit:
                 function = partition.mapped(
                     programs, kernel, ctx.avals_in, ctx.avals_out, sliced
                 )
@@ -137,12 +164,25 @@ def _lowering(platform: str) -> Callable[..., Any]:
     return lower
 
 
-def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
+def _is_local(context: Any) -> bool:
+    """Whether leaves are whole where they are: on one device, or one's own shards."""
+    if isinstance(context, mlir.ShardingContext):
+        return context.num_devices == 1
+    if isinstance(context, mlir.SPMDAxisContext):
+        return context.manual_axes == frozenset(context.mesh.axis_names)
+    return False
+
+
+def _kernel(name: str, platform: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
     def run(shards: list[Shard]) -> list[list[jax.Array]]:
         if name == "phases":
             return cpu.update(shards)
         if name == "plain":
             return plain.update(shards)
+        if name == "pallas" and platform == "tpu":
+            from optax_flash.fusion import mosaic
+
+            return mosaic.update(shards)
         device = jax.local_devices()[0]
         config = config_for(device.device_kind if device.platform == "gpu" else "")
         # Backends import compilers, for which nobody else should wait.
@@ -160,3 +200,4 @@ def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
 mlir.register_lowering(update_p, _lowering("other"), inline=False)
 mlir.register_lowering(update_p, _lowering("cpu"), platform="cpu", inline=False)
 mlir.register_lowering(update_p, _lowering("cuda"), platform="cuda", inline=False)
+mlir.register_lowering(update_p, _lowering("tpu"), platform="tpu", inline=False)
