@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import mlir
 
-from optax_flash.fusion import cpu, ops, partition
+from optax_flash.fusion import cpu, ops, partition, plain
 from optax_flash.fusion.choose import choose
 from optax_flash.fusion.program import Program, whole
 from optax_flash.fusion.tiles import Shard
@@ -18,7 +18,10 @@ Programs = tuple[Program, ...]
 
 
 def update(
-    programs: Programs, implementation: str | None, operands: list[list[jax.Array]]
+    programs: Programs,
+    implementation: str | None,
+    operands: list[list[jax.Array]],
+    index: jax.Array | None = None,
 ) -> list[list[jax.Array]]:
     """The results of programs on their leaves.
 
@@ -26,22 +29,47 @@ def update(
       programs: of one family, see :attr:`Program.family`.
       implementation: a name, or None for the best.
       operands: of each program.
+      index: where arrays are slices of the leaves, ``x[index : index + 1]``, instead of
+        the leaves themselves. # shape=(), dtype=int32
     """
     flat = update_p.bind(
+        *([] if index is None else [index]),
         *(x for of_leaf in operands for x in of_leaf),
         programs=programs,
         implementation=implementation,
         devices=partition.asks_for_devices(),
+        sliced=index is not None,
     )
     remaining = iter(flat)
     return [[next(remaining) for _ in program.outputs] for program in programs]
 
 
+def one_by_one(eqn: Any) -> list[Any]:
+    """An equation of ``update_p`` as one for each of its programs."""
+    programs = eqn.params["programs"]
+    if len(programs) == 1 or eqn.params["sliced"]:
+        return [eqn]
+    operands, results = iter(eqn.invars), iter(eqn.outvars)
+    return [
+        eqn.replace(
+            invars=[next(operands) for _ in program.inputs],
+            outvars=[next(results) for _ in program.outputs],
+            params=eqn.params | {"programs": (program,)},
+        )
+        for program in programs
+    ]
+
+
 def _in_xla(
-    programs: Programs, implementation: str | None = None, devices: Any = None
+    programs: Programs,
+    implementation: str | None = None,
+    devices: Any = None,
+    sliced: bool = False,
 ) -> Callable[..., list[jax.Array]]:
     """Programs as a function of whole arrays: the reference."""
     del implementation, devices
+    if sliced:
+        return partition.whole(programs, plain.update, sliced)
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         rows = zip(programs, partition.by_leaf(programs, operands), strict=True)
@@ -67,12 +95,15 @@ def _lowering(platform: str) -> Callable[..., Any]:
         programs: Programs,
         implementation: str | None,
         devices: core.Jaxpr,
+        sliced: bool,
     ) -> Any:
         del devices
         # Of one family, programs may still differ in whether a kernel takes them.
         names = {choose(program, implementation, platform)[0] for program in programs}
         if platform == "cpu" and "xla" in names and not any(map(cpu.misfit, programs)):
             names = {"phases"}
+        if names & {"xla"} and sliced:
+            names = {"plain"}
         if names & {"xla"}:
             function = _in_xla(programs)
         else:
@@ -86,13 +117,13 @@ def _lowering(platform: str) -> Callable[..., Any]:
                 )
             context = ctx.module_context.axis_context
             if isinstance(context, mlir.ShardingContext) and context.num_devices == 1:
-                function = partition.whole(programs, kernel)
+                function = partition.whole(programs, kernel, sliced)
             elif partition.explicit_mesh(ctx.avals_in):
                 function = partition.mapped(
-                    programs, kernel, ctx.avals_in, ctx.avals_out
+                    programs, kernel, ctx.avals_in, ctx.avals_out, sliced
                 )
             else:
-                function = partition.partitioned(programs, kernel)
+                function = partition.partitioned(programs, kernel, sliced)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     return lower
@@ -102,6 +133,8 @@ def _kernel(name: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
     def run(shards: list[Shard]) -> list[list[jax.Array]]:
         if name == "phases":
             return cpu.update(shards)
+        if name == "plain":
+            return plain.update(shards)
         device = jax.local_devices()[0]
         config = config_for(device.device_kind if device.platform == "gpu" else "")
         # Backends import compilers, for which nobody else should wait.

@@ -3,6 +3,9 @@
 XLA's partitioner does not see into a kernel, so it is told: all operands of a leaf are
 sharded alike, scales along with the groups that they belong to. Where the last axis has
 shards that do not hold whole units, it is gathered, and the results are the same.
+
+Programs may also run on a slice of their leaves: one index of the first axis, which is
+the first operand. What they compute depends on the place in the whole leaf, as ever.
 """
 
 import functools
@@ -26,52 +29,69 @@ Programs = tuple[Program, ...]
 Kernel = Callable[[list[Shard]], list[list[jax.Array]]]
 
 
-def whole(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Array]]:
-    """A kernel as a function of the operands of whole leaves, one after another."""
+def whole(
+    programs: Programs, kernel: Kernel, sliced: bool = False
+) -> Callable[..., list[jax.Array]]:
+    """A kernel as a function of the operands of whole leaves, one after another.
+
+    Args:
+      programs: of the leaves.
+      kernel: runs them on shards.
+      sliced: the function's first operand is an index, int32, and the others are the
+        leaves' slices at it, with a first axis of 1.
+    """
 
     def run(*operands: jax.Array) -> list[jax.Array]:
-        shards = [
-            Shard(program, Place(program.shape), program.shape, of_leaf)
-            for program, of_leaf in zip(
-                programs, by_leaf(programs, operands), strict=True
-            )
-        ]
+        index, operands = _index(sliced, operands)
+        shards = []
+        for program, of_leaf in zip(programs, by_leaf(programs, operands), strict=True):
+            shape = _shape(program, sliced)
+            offsets = (index, *[0] * (len(shape) - 1)) if sliced else None
+            shards.append(Shard(program, Place(program.shape, offsets), shape, of_leaf))
         return [x for results in kernel(shards) for x in results]
 
     return run
 
 
-def partitioned(programs: Programs, kernel: Kernel) -> Callable[..., list[jax.Array]]:
+def partitioned(
+    programs: Programs, kernel: Kernel, sliced: bool = False
+) -> Callable[..., list[jax.Array]]:
     """The same as a function that XLA can partition over devices."""
-    run = custom_partitioning(whole(programs, kernel))
+    run = custom_partitioning(whole(programs, kernel, sliced))
 
     def shardings(mesh: Any, specs: list[PartitionSpec]) -> list[NamedSharding]:
         return [NamedSharding(mesh, spec) for spec in specs]
 
     def partition(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        specs = _specs(programs, mesh, arg_shapes)
-        operands, results = _by_array(programs, specs)
+        specs = _specs(programs, mesh, arg_shapes, sliced)
+        operands, results = _by_array(programs, specs, sliced)
         return (
             mesh,
-            _on_shards(programs, kernel, mesh, specs),
+            _on_shards(programs, kernel, mesh, specs, sliced),
             shardings(mesh, results),
             tuple(shardings(mesh, operands)),
         )
 
     def infer(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        specs = _specs(programs, mesh, arg_shapes)
-        return shardings(mesh, _by_array(programs, specs)[1])
+        specs = _specs(programs, mesh, arg_shapes, sliced)
+        return shardings(mesh, _by_array(programs, specs, sliced)[1])
 
     run.def_partition(
-        partition, infer_sharding_from_operands=infer, sharding_rule=_rule(programs)
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=_rule(programs, sliced),
     )
     return run
 
 
 def mapped(
-    programs: Programs, kernel: Kernel, avals: Sequence[Any], out_avals: Sequence[Any]
+    programs: Programs,
+    kernel: Kernel,
+    avals: Sequence[Any],
+    out_avals: Sequence[Any],
+    sliced: bool = False,
 ) -> Callable[..., list[jax.Array]]:
     """The same on a mesh of explicit axes, where types tell how leaves are sharded.
 
@@ -80,13 +100,13 @@ def mapped(
       out_avals: the results'. Where a last axis was gathered, it is sharded again.
     """
     mesh = explicit_mesh(avals)
-    specs = _specs(programs, mesh, avals)
-    operand_specs, result_specs = _by_array(programs, specs)
+    specs = _specs(programs, mesh, avals, sliced)
+    operand_specs, result_specs = _by_array(programs, specs, sliced)
     given = [x.sharding.spec for x in out_avals]
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         results = jax.shard_map(
-            _on_shards(programs, kernel, mesh, specs),
+            _on_shards(programs, kernel, mesh, specs, sliced),
             mesh=mesh,
             in_specs=tuple(operand_specs),
             out_specs=result_specs,
@@ -124,25 +144,39 @@ def by_leaf(programs: Programs, operands: Any) -> list[list[Any]]:
     return [[next(remaining) for _ in program.inputs] for program in programs]
 
 
-def _specs(programs: Programs, mesh: Any, arrays: Any) -> list[tuple[Any, ...]]:
+def _index(sliced: bool, operands: Any) -> tuple[Any, Any]:
+    """The index of a slice, and the operands without it."""
+    return (operands[0], operands[1:]) if sliced else (None, operands)
+
+
+def _shape(program: Program, sliced: bool) -> tuple[int, ...]:
+    """Of what a program runs on."""
+    return (1, *program.shape[1:]) if sliced else program.shape
+
+
+def _specs(
+    programs: Programs, mesh: Any, arrays: Any, sliced: bool
+) -> list[tuple[Any, ...]]:
     """How each leaf is to be sharded: for each axis a name, several, or None."""
     specs = []
+    _, arrays = _index(sliced, arrays)
     for program, of_leaf in zip(programs, by_leaf(programs, arrays), strict=True):
-        spec: list[Any] = [None] * len(program.shape)
+        shape = _shape(program, sliced)
+        spec: list[Any] = [None] * len(shape)
         for role, x in zip(program.inputs, of_leaf, strict=True):
             if role.kind in ("full", "codes") and isinstance(x.sharding, NamedSharding):
                 spec[: len(x.sharding.spec)] = x.sharding.spec
                 break
         for axis, entry in enumerate(spec):
             multiple = program.lanes if axis == len(spec) - 1 else 1
-            if program.shape[axis] % (_shards(mesh, entry) * multiple):
+            if shape[axis] % (_shards(mesh, entry) * multiple):
                 spec[axis] = None
         specs.append(tuple(spec))
     return specs
 
 
 def _by_array(
-    programs: Programs, specs: list[tuple[Any, ...]]
+    programs: Programs, specs: list[tuple[Any, ...]], sliced: bool
 ) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
     """The specs of all operands and of all results, from those of the leaves."""
 
@@ -151,24 +185,30 @@ def _by_array(
 
     pairs = list(zip(programs, specs, strict=True))
     return (
-        [spec_of(role, spec) for p, spec in pairs for role in p.inputs],
+        [PartitionSpec()] * sliced
+        + [spec_of(role, spec) for p, spec in pairs for role in p.inputs],
         [spec_of(role, spec) for p, spec in pairs for role in p.outputs],
     )
 
 
 def _on_shards(
-    programs: Programs, kernel: Kernel, mesh: Any, specs: list[tuple[Any, ...]]
+    programs: Programs,
+    kernel: Kernel,
+    mesh: Any,
+    specs: list[tuple[Any, ...]],
+    sliced: bool,
 ) -> Callable[..., list[jax.Array]]:
     """The kernel as a function of what one device has."""
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         indices: dict[Any, jax.Array] = {}
+        first, operands = _index(sliced, operands)
         shards = []
         rows = zip(programs, specs, by_leaf(programs, operands), strict=True)
         for program, spec, of_leaf in rows:
             shape = tuple(
                 size // _shards(mesh, entry)
-                for size, entry in zip(program.shape, spec, strict=True)
+                for size, entry in zip(_shape(program, sliced), spec, strict=True)
             )
             for entry in filter(None, spec):
                 indices.setdefault(entry, lax.axis_index(entry))
@@ -176,7 +216,10 @@ def _on_shards(
                 indices[entry] * size if entry else 0
                 for entry, size in zip(spec, shape, strict=True)
             )
-            place = Place(program.shape, offsets if any(spec) else None)
+            if sliced:
+                # An axis of 1 is never sharded.
+                offsets = (first, *offsets[1:])
+            place = Place(program.shape, offsets if sliced or any(spec) else None)
             shards.append(Shard(program, place, shape, of_leaf))
         return [x for results in kernel(shards) for x in results]
 
@@ -198,7 +241,7 @@ def _shards(mesh: Any, entry: Any) -> int:
     return shards
 
 
-def _rule(programs: Programs) -> SdyShardingRule:
+def _rule(programs: Programs, sliced: bool) -> SdyShardingRule:
     """Which axes XLA's partitioner is to shard alike: those of one leaf.
 
     Columns of arrays and of scales are kept apart here: a factor common to both would
@@ -218,6 +261,7 @@ def _rule(programs: Programs) -> SdyShardingRule:
 
     pairs = list(enumerate(programs))
     return SdyShardingRule(
-        tuple(mapping(n, p, role) for n, p in pairs for role in p.inputs),
+        (ArrayMapping(),) * sliced
+        + tuple(mapping(n, p, role) for n, p in pairs for role in p.inputs),
         tuple(mapping(n, p, role) for n, p in pairs for role in p.outputs),
     )

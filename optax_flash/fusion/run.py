@@ -5,7 +5,7 @@ import contextvars
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -45,7 +45,6 @@ class _Trace:
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
     "optax_flash_trace", default=None
 )
-Fitting = tuple[splits.Leaf, Program]
 Watched = list[tuple[splits.Leaf, str | None]]
 _watched: contextvars.ContextVar[Watched | None] = contextvars.ContextVar(
     "optax_flash_leaves", default=None
@@ -229,7 +228,7 @@ def _run_parts(
         )
     )
     fitting = [(leaf, leaf.program) for leaf in split.leaves if leaf.program]
-    for batch in _batches(fitting):
+    for batch in batches(fitting):
         results = leaves.update(
             tuple(program for _, program in batch),
             implementation,
@@ -242,11 +241,22 @@ def _run_parts(
     return [read(x) for x in split.returned]
 
 
-def _batches(fitting: list[Fitting]) -> Iterator[list[Fitting]]:
-    """Leaves that run together: small ones of one family, equal programs first."""
-    families: dict[Any, dict[Program, list[Fitting]]] = {}
+T = TypeVar("T")
+
+
+def batches(
+    fitting: list[tuple[T, Program]], sliced: bool = False
+) -> Iterator[list[tuple[T, Program]]]:
+    """Leaves that run together: small ones of one family, equal programs first.
+
+    Args:
+      fitting: the program of each leaf, beside whatever stands for the leaf.
+      sliced: they run on a slice at one index of the leaf's first axis.
+    """
+    families: dict[Any, dict[Program, list[tuple[T, Program]]]] = {}
     for leaf, program in fitting:
-        if program.size >= SMALL:
+        size = program.size // program.shape[0] if sliced else program.size
+        if size >= SMALL:
             yield [(leaf, program)]
         else:
             family = families.setdefault(program.family, {})

@@ -1,0 +1,402 @@
+"""An optimizer's update, cut into the updates of parts of the params.
+
+The whole update is traced once, and each part takes from the trace the equations that
+its results need. So masks, partitions and states of any form mean what they mean in the
+whole, random bits are those of the whole, and a part that needs another's gradient is
+found out before anything runs.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import optax
+from jax.extend import core
+
+from optax_flash.fusion import leaf as fused
+from optax_flash.fusion import program as programs
+from optax_flash.fusion import run
+from optax_flash.fusion.choose import SMALL
+from optax_flash.fusion.inline import inline
+from optax_flash.fusion.ops import Tile, op_p
+from optax_flash.fusion.slices import constant, jaxpr_of, slice_equations
+from optax_flash.transforms import _mirror
+
+PyTree = Any
+Env = dict[Any, Any]
+
+
+class Part(NamedTuple):
+    """The update of some params.
+
+    Attributes:
+      params: their positions.
+      results: for positions among the params' and state's leaves the variables of their
+        new values. What does not change is left out.
+      scalars: equations on whole arrays that make scalars for ``eqns``.
+      eqns: the rest; for stacked params they compute on slices of one layer.
+    """
+
+    params: tuple[int, ...]
+    results: dict[int, Any]
+    scalars: list[Any]
+    eqns: list[Any]
+
+    def variables(self) -> list[tuple[int, Any]]:
+        """The results that are not literals."""
+        return [(i, x) for i, x in self.results.items() if _is_variable(x)]
+
+
+class Update:
+    """A traced update of all params.
+
+    Args:
+      tx: the transformation.
+      params: a tree of arrays.
+      state: the transformation's.
+
+    Attributes:
+      n: how many params there are. The leaves of params and then of the state are
+        counted through, in positions.
+      owner: for each position the param that it belongs to, as far as there is one.
+
+    Raises:
+      ValueError: the state changes its structure or shapes from step to step, or the
+        update has side effects.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any, state: Any):
+        def step(grads: Any, params: Any, state: Any) -> Any:
+            updates, new_state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), new_state
+
+        closed, shapes = jax.make_jaxpr(step, return_shape=True)(params, params, state)
+        _check_kept((params, state), shapes)
+        if closed.effects:
+            raise ValueError(
+                "release: the update has side effects, as host callbacks have, which "
+                "would run layer by layer. Leave them out of the transformation."
+            )
+        jaxpr = inline(closed.jaxpr)
+        self.n = len(jax.tree.leaves(params))
+        self.names = _mirror.leaf_paths(params)
+        self.state_names = _mirror.leaf_paths(state)
+        self.eqns = [
+            part
+            for eqn in jaxpr.eqns
+            for part in (
+                fused.one_by_one(eqn) if eqn.primitive is fused.update_p else [eqn]
+            )
+        ]
+        self.grads = jaxpr.invars[: self.n]
+        self.operands = jaxpr.invars[self.n :]
+        self.results = jaxpr.outvars
+        self.owner = [*range(self.n), *_owners(state, params)]
+        self._consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        self._known = {*jaxpr.constvars, *jaxpr.invars}
+
+    def parts(self, params: Iterable[int], stacked: int | None) -> list[Part]:
+        """The updates of params, given by their positions.
+
+        Args:
+          params: what is updated at a time, when all their gradients are there.
+          stacked: how many layers they have; their updates run one after another, so
+            that but one of them has its state in slices. None for params that are not
+            stacked.
+
+        Raises:
+          ValueError: an update needs gradients of other params; or the params are
+            stacked, and it is not elementwise.
+        """
+        own = set(params)
+        together = self._part(own, stacked)
+        self._check_grads([*together.scalars, *together.eqns], own)
+        if stacked is None:
+            return [together]
+        self._check_elementwise(together, stacked)
+        small = {i for i in own if self.operands[i].aval.size < SMALL * stacked}
+        apart = [small, *({i} for i in sorted(own - small))]
+        parts = [self._part(some, stacked) for some in apart if some]
+        mixed = any(self._foreign(part.eqns, set(part.params)) for part in parts)
+        return [together] if mixed else parts
+
+    def _part(self, own: set[int], stacked: int | None) -> Part:
+        results = {
+            i: x
+            for i, (x, old) in enumerate(zip(self.results, self.operands, strict=True))
+            if x is not old
+            and self.owner[i] in own
+            and (stacked is None or old.aval.shape[:1] == (stacked,))
+        }
+        eqns = slice_equations(self.eqns, _variables(results.values()), self._known)
+        ordered = tuple(sorted(own))
+        if stacked is None:
+            return Part(ordered, results, [], eqns)
+        before = self._scalars(eqns)
+        made = {x for eqn in before for x in eqn.outvars}
+        eqns = [eqn for eqn in eqns if not made.issuperset(eqn.outvars)]
+        return Part(ordered, results, before, eqns)
+
+    def rest(self, parts: list[Part]) -> Part:
+        """What no part updates, such as step counts, from what the parts made."""
+        made = {i: x for part in parts for i, x in part.results.items()}
+        results = {
+            i: x
+            for i, (x, old) in enumerate(zip(self.results, self.operands, strict=True))
+            if i not in made and x is not old
+        }
+        known = self._known | set(_variables(made.values()))
+        wanted = _variables(results.values())
+        eqns = slice_equations(self.eqns, wanted, known)
+        read = {x for eqn in eqns for x in _variables(eqn.invars)}
+        if read & set(self.grads):
+            names = [(*self.names, *self.state_names)[i] for i in results]
+            raise ValueError(
+                f"release: the state's {names[0]!r} is computed from gradients, of "
+                f"which those of one layer are there at a time. "
+                f"{_advice(self._culprit(eqns))}"
+            )
+        return Part((), results, [], eqns)
+
+    def arrays(self, part: Part) -> list[Any]:
+        """The variables of arrays, gradients aside, that a part of a stack takes."""
+        read = [x for eqn in part.eqns for x in _variables(eqn.invars)]
+        read += _variables(part.results.values())
+        known = self._known.difference(self.grads)
+        return [x for x in dict.fromkeys(read) if x in known and x.aval.shape]
+
+    def environment(self, operands: list[Any]) -> Env:
+        """Values of the variables that are known before any gradient is.
+
+        Args:
+          operands: leaves of params and state.
+        """
+        return self._consts | dict(zip(self.operands, operands, strict=True))
+
+    def _foreign(self, eqns: list[Any], own: set[int]) -> list[int]:
+        """Params that are not ``own`` and whose gradients equations read."""
+        read = {x for eqn in eqns for x in _variables(eqn.invars)}
+        return [i for i, x in enumerate(self.grads) if x in read and i not in own]
+
+    def _check_grads(self, eqns: list[Any], own: set[int]) -> None:
+        """Raises where equations read gradients of params that are not ``own``."""
+        foreign = self._foreign(eqns, own)
+        if foreign:
+            reason = self._culprit(eqns)
+            raise ValueError(
+                f"release: the update of {self.names[min(own)]!r} needs the gradient "
+                f"of {self.names[foreign[0]]!r}, which is not there at the same time: "
+                f"{reason}. {_advice(reason)}"
+            )
+
+    def _culprit(self, eqns: list[Any]) -> str:
+        """How gradients of several params first meet, in words."""
+        sources = {x: frozenset([i]) for i, x in enumerate(self.grads)}
+        for eqn in eqns:
+            met = [sources[x] for x in _variables(eqn.invars) if x in sources]
+            together = frozenset[int]().union(*met)
+            if len(together) > 1 and together not in met:
+                return programs.WORDS.get(
+                    eqn.primitive.name, "gradients are combined, as in a global norm"
+                )
+            sources.update(dict.fromkeys(eqn.outvars, together))
+        return "gradients are combined"
+
+    def _scalars(self, eqns: list[Any]) -> list[Any]:
+        """The equations that make the scalars which others compute arrays with."""
+        arrays = [eqn for eqn in eqns if any(x.aval.shape for x in eqn.outvars)]
+        read = [x for eqn in arrays for x in _variables(eqn.invars)]
+        return slice_equations(eqns, [x for x in read if not x.aval.shape], self._known)
+
+    def _check_elementwise(self, part: Part, layers: int) -> None:
+        """Raises where layers depend on each other."""
+        own = self._foreign(part.scalars, set())
+        if own:
+            self._refuse(self.names[own[0]], layers, _reduction(part.scalars))
+        reasons = [(eqn, _misfit(eqn, layers)) for eqn in part.eqns]
+        # An op is only left over where something else does not fit.
+        reasons.sort(key=lambda pair: pair[0].primitive is op_p)
+        for eqn, reason in reasons:
+            if reason:
+                self._refuse(self._whose(eqn, part), layers, reason)
+
+    def _whose(self, eqn: Any, part: Part) -> str:
+        """The name of a param on which an equation depends."""
+        needed = slice_equations(part.eqns, eqn.outvars, self._known)
+        read = {x for each in needed for x in _variables(each.invars)}
+        for i in part.params:
+            if self.grads[i] in read or self.operands[i] in read:
+                return self.names[i]
+        return self.names[part.params[0]]
+
+    def _refuse(self, name: str, layers: int, reason: str) -> None:
+        raise ValueError(
+            f"release: the update of {name!r}, a stack of {layers} layers, does not "
+            f"take one layer at a time: {reason}. {_advice(reason)} Other "
+            "transformations that are not elementwise need unstacked layers, each a "
+            "release.layer."
+        )
+
+
+def evaluate(part: Part, env: Env, index: jax.Array | None = None) -> dict[int, Any]:
+    """The new values of a part's results.
+
+    Args:
+      part: what to compute.
+      env: values of operands, of gradients, and, of a stack, scalars; for a stack,
+        arrays are slices ``x[index : index + 1]``.
+      index: of the layer, int32.
+    """
+    env = dict(env)
+    waiting: list[Any] = []
+
+    def read(x: Any) -> Any:
+        return env[x] if _is_variable(x) else constant(x)
+
+    def run_waiting() -> None:
+        # Small leaves share kernels, whichever params they belong to.
+        by_implementation: dict[Any, list[Any]] = {}
+        for eqn in waiting:
+            name = eqn.params["implementation"]
+            (program,) = eqn.params["programs"]
+            by_implementation.setdefault(name, []).append((eqn, program))
+        for name, fitting in by_implementation.items():
+            for batch in run.batches(fitting, sliced=index is not None):
+                results = fused.update(
+                    tuple(program for _, program in batch),
+                    name,
+                    [[read(x) for x in eqn.invars] for eqn, _ in batch],
+                    index,
+                )
+                for (eqn, _), of_leaf in zip(batch, results, strict=True):
+                    env.update(zip(eqn.outvars, of_leaf, strict=True))
+        waiting.clear()
+
+    for eqn in part.eqns:
+        if any(_is_variable(x) and x not in env for x in eqn.invars):
+            run_waiting()
+        if eqn.primitive is fused.update_p and len(eqn.params["programs"]) == 1:
+            waiting.append(eqn)
+        else:
+            out = _equation(eqn, [read(x) for x in eqn.invars], index is not None)
+            env.update(zip(eqn.outvars, out, strict=True))
+    run_waiting()
+    return {i: read(x) for i, x in part.results.items()}
+
+
+def scalars(part: Part, env: Env) -> Env:
+    """Values of all scalars that a part may take, from whole params and state."""
+    known = dict(env)
+    for eqn in part.scalars:
+        args = [known[x] if _is_variable(x) else constant(x) for x in eqn.invars]
+        known.update(zip(eqn.outvars, _equation(eqn, args, False), strict=True))
+    return {x: value for x, value in known.items() if not x.aval.shape}
+
+
+def _equation(eqn: Any, args: list[Any], sliced: bool) -> Any:
+    """An equation's results, on slices of one layer where it makes arrays."""
+    aval = eqn.outvars[0].aval
+    variables, values = [], []
+    for x, value in zip(eqn.invars, args, strict=True):
+        if _is_variable(x) and x not in variables:
+            variables.append(x)
+            values.append(value)
+    jaxpr = jaxpr_of(variables, eqn.outvars, [eqn])
+    if sliced and aval.shape:
+        # Elementwise equations take no places.
+        tile = Tile((1, *aval.shape[1:]), None, None)  # pyright: ignore
+        return programs.evaluate(jaxpr, tile, values)
+    return jax.core.eval_jaxpr(jaxpr, (), *values)
+
+
+def _misfit(eqn: Any, layers: int) -> str | None:
+    """Why an equation cannot run on a slice of one layer."""
+    if eqn.primitive is fused.update_p:
+        (program,) = eqn.params["programs"]
+        if len(program.shape) == 1 and program.lanes > 1:
+            return "its codes share scales along the axis of layers"
+        return None
+    if eqn.primitive is op_p:
+        return "arrays of several shapes meet"
+    reason = programs.misfit(eqn)
+    for x in eqn.outvars:
+        if x.aval.shape and x.aval.shape[:1] != (layers,):
+            return reason or "an array has no axis of layers"
+    return reason
+
+
+def _reduction(eqns: list[Any]) -> str:
+    """The first equation that makes a scalar of an array, in words."""
+    for eqn in eqns:
+        arrays = any(x.aval.shape for x in eqn.invars)
+        if arrays and not any(x.aval.shape for x in eqn.outvars):
+            name = eqn.primitive.name
+            return programs.WORDS.get(name, f"{name!r} of a whole gradient")
+    return "a scalar is computed from its gradient"
+
+
+def _advice(reason: str) -> str:
+    """What to do instead."""
+    if "lax.cond" in reason:
+        return (
+            "So do optax.MultiSteps and optax.apply_if_finite, which wait for all "
+            "gradients: take smaller batches or the ordinary step."
+        )
+    return (
+        "To clip gradients, clip those of each layer by themselves: "
+        "release.train_step(..., per_layer=optax.clip_by_global_norm(1.0))."
+    )
+
+
+def _check_kept(old: PyTree, new: PyTree) -> None:
+    """Raises where params or state change their structure, shapes or dtypes."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            "release: the update returns a state of another structure than it takes, "
+            f"{jax.tree.structure(new)} for {jax.tree.structure(old)}. Call init again."
+        )
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+    ):
+        before, after = jax.typeof(a), jax.typeof(b)
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise ValueError(
+                f"release: the update makes {_mirror.path_str(path)!r} "
+                f"{after.dtype}{list(after.shape)} of {before.dtype}"
+                f"{list(before.shape)}. It has to keep shapes and dtypes."
+            )
+
+
+def _owners(state: PyTree, params: PyTree) -> list[int | None]:
+    """For each leaf of the state, the position of its param."""
+    parts, join = _mirror.split_state(state, params)
+
+    def tagged(part: Any) -> Any:
+        if not isinstance(part, _mirror.Mirror):
+            return _Owner(None)
+        tags = [
+            _Owner(i) if hasattr(x, "shape") else x for i, x in enumerate(part.entries)
+        ]
+        return part.rebuild(tags)
+
+    tags = jax.tree.leaves(
+        join([tagged(part) for part in parts]), is_leaf=lambda x: isinstance(x, _Owner)
+    )
+    return [tag.param for tag in tags]
+
+
+class _Owner(NamedTuple):
+    """Stands for a leaf; has a shape, as arrays have, so that trees of it mirror."""
+
+    param: int | None
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+
+
+def _is_variable(x: Any) -> bool:
+    return not isinstance(x, core.Literal)
+
+
+def _variables(atoms: Iterable[Any]) -> list[Any]:
+    return [x for x in atoms if _is_variable(x)]
