@@ -1,8 +1,8 @@
 """Llama and GPT-2 in plain JAX: what ``llama_memory.py`` compiles.
 
-Params are a dictionary: ``"embed"``, ``"blocks"`` (every layer stacked along a first
-axis, run by ``lax.scan``) and ``"head"``. A head without a kernel is tied to the
-embedding. Activations are bfloat16, whatever the params are in.
+Params are a dictionary, as ``optax_flash.plan`` has it: ``"embed"``, ``"blocks"`` (every
+layer stacked along a first axis, run by ``lax.scan``) and ``"head"``. Activations are
+bfloat16, whatever the params are in.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from optax_flash import release
 
 Params = Any
 
@@ -38,7 +40,7 @@ class Llama:
     tied: bool = False
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return params["embedding"].astype(jnp.bfloat16)[tokens]
+        return params["embedding"][tokens]
 
     def block(self, params: Params, x: jax.Array) -> jax.Array:
         y = _rms_norm(x, params["attention_norm"])
@@ -50,8 +52,15 @@ class Llama:
         gate = jax.nn.silu(y @ params["gate"])
         return x + (gate * (y @ params["up"])) @ params["down"]
 
-    def last_norm(self, params: Params, x: jax.Array) -> jax.Array:
-        return _rms_norm(x, params["norm"].astype(jnp.bfloat16))
+    def cross_entropy(
+        self, params: Params, x: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        """Sum over all tokens; params of the head, and of the embedding if tied."""
+        if not self.tied:
+            x = _rms_norm(x, params["norm"])
+            return _cross_entropy(params["kernel"], x, targets)
+        x = _rms_norm(x, params["head"]["norm"])
+        return _cross_entropy(params["embed"]["embedding"].T, x, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +70,9 @@ class GPT2:
     width: int = 1_600
     layers: int = 48
     heads: int = 25
+    tied: bool = dataclasses.field(default=True, init=False)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
         return params["embedding"][tokens] + params["positions"][: tokens.shape[1]]
 
     def block(self, params: Params, x: jax.Array) -> jax.Array:
@@ -74,62 +83,74 @@ class GPT2:
         y = _dense(params["up"], _layer_norm(x, params["mlp_norm"]))
         return x + _dense(params["down"], jax.nn.gelu(y))
 
-    def last_norm(self, params: Params, x: jax.Array) -> jax.Array:
-        norm = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["norm"])
-        return _layer_norm(x, norm)
+    def cross_entropy(
+        self, params: Params, x: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        x = _layer_norm(x, params["head"]["norm"])
+        return _cross_entropy(params["embed"]["embedding"].T, x, targets)
 
 
-def loss(
-    model: Llama | GPT2,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    remat: bool = True,
-    chunks: int = 1,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """Mean cross entropy of predicting each token from those before it.
+def sequence(
+    model: Llama | GPT2, *, chunks: int = 1, mesh: Mesh | None = None
+) -> release.Sequence:
+    """The mean cross entropy of predicting each token from those before it.
+
+    A function of params and tokens, (batch, length + 1) int32, of which the backward
+    pass keeps each layer's input only.
 
     Args:
       model: what the params are of.
-      params: float32 or bfloat16.
-      tokens: (batch, length + 1), int32.
-      remat: keep only the input of each layer for the backward pass.
       chunks: pieces of the length whose float32 logits are made one after the other.
       mesh: over which the batch is divided, and the params are; each layer's are
         gathered where it runs.
     """
 
-    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+    def gathered(params: Params) -> Params:
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-        params = _constrain(mesh, params, PartitionSpec())
-        return split(model.block(params, x)), None
+        return _constrain(mesh, params, PartitionSpec())
 
     def split(x: jax.Array) -> jax.Array:
         return _constrain(mesh, x, PartitionSpec(mesh and mesh.axis_names))
 
-    if remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    ends = _constrain(mesh, (params["embed"], params["head"]), PartitionSpec())
-    x = split(model.embed(ends[0], tokens[:, :-1]))
-    x, _ = jax.lax.scan(layer, x, params["blocks"])
-    kernel = ends[1]["kernel"] if "kernel" in ends[1] else ends[0]["embedding"].T
+    def embed(params: Params, tokens: jax.Array) -> jax.Array:
+        return split(model.embed(gathered(params), tokens[:, :-1]))
 
-    def add(total: jax.Array, xs: tuple[jax.Array, jax.Array]):
-        x = model.last_norm(ends[1], xs[0])
-        return total + _cross_entropy(kernel.astype(jnp.bfloat16), x, xs[1]), None
+    def block(params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return split(model.block(gathered(params), x))
 
-    def pieces(x: jax.Array) -> jax.Array:
-        x = x.reshape(x.shape[0], chunks, -1, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+    def head(params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        params, targets = gathered(params), tokens[:, 1:]
 
-    targets = tokens[:, 1:]
-    if chunks == 1:
-        total, _ = add(jnp.float32(0), (x, targets))
-    else:
+        def add(total: jax.Array, xs: tuple[jax.Array, jax.Array]):
+            return total + model.cross_entropy(params, *xs), None
+
+        def pieces(x: jax.Array) -> jax.Array:
+            x = x.reshape(x.shape[0], chunks, -1, *x.shape[2:])
+            return jnp.moveaxis(x, 1, 0)
+
+        if chunks == 1:
+            return model.cross_entropy(params, x, targets) / targets.size
         add = jax.checkpoint(add, prevent_cse=False)
         total, _ = jax.lax.scan(add, jnp.float32(0), (pieces(x), pieces(targets)))
-    return total / targets.size
+        return total / targets.size
+
+    return release.sequence(
+        release.layer("embed", embed),
+        release.scan("blocks", block),
+        release.layer(("head", "embed") if model.tied else "head", head),
+    )
+
+
+def without_remat(model: release.Sequence, params: Params, tokens: jax.Array):
+    """The loss, with a backward pass that keeps all that it needs."""
+    embed, blocks, head = (segment.function for segment in model.segments)
+
+    def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        return blocks(params, x, tokens), None
+
+    x, _ = jax.lax.scan(layer, embed(params["embed"], tokens), params["blocks"])
+    tied = not model.segments[-1].alone
+    return head(params if tied else params["head"], x, tokens)
 
 
 def _cross_entropy(kernel: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:

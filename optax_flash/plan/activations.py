@@ -11,16 +11,19 @@ attention that stores no scores (cuDNN's). With :math:`t` tokens on the device, 
   weights;
 * logits of :math:`V` words: :math:`3 t V`, float32 and bfloat16.
 
-The step has two moments that may be its peak:
+Three moments may be the peak, and XLA's scheduling decides which:
 
-* *loss*: what is saved, the logits, the head's gradient;
-* *backward*: what is saved, one layer at work, the gradients of all layers. A tied
-  embedding's gradient waits there too. 0.3 times the logits are added, for what XLA's
-  buffer assignment loses where it puts gradients into their place.
+* *backward*: what is saved, one layer at work, the gradients of all layers, and that of
+  a tied embedding; 0.3 times the logits, for what XLA's buffer assignment loses when
+  gradients take their place;
+* *loss*: what is saved, the logits, the head's gradient; a bfloat16 copy of the head
+  where its params are sharded or float32;
+* *early*: XLA may fill the gradients' buffers with zeros before the loss. It does where
+  params are sharded, and the loss then has all of them; on one device it does where
+  logits take less: what is saved, these buffers, 0.8 times the logits.
 
-Where weights are sharded, embedding and head are gathered for both. Coefficients are
-fitted to what XLA's buffer assignment takes for an H100; ``docs/plan.md`` has the
-differences.
+Coefficients are fitted to what XLA's buffer assignment takes for an H100;
+``docs/plan.md`` has the differences.
 """
 
 import dataclasses
@@ -61,8 +64,8 @@ class Load(NamedTuple):
       loss_chunks: in how many pieces logits are made.
       gradients: bytes.
       layer_weights: bytes of one layer's weights in bfloat16, not sharded.
-      end_weights: the same of embedding and head.
-      gathered: whether weights are sharded.
+      head_weights: the same of the head, or of the embedding if that is the head.
+      sharded: whether params are.
       cast: whether params are not bfloat16.
     """
 
@@ -73,8 +76,8 @@ class Load(NamedTuple):
     loss_chunks: int
     gradients: Gradients
     layer_weights: int
-    end_weights: int
-    gathered: bool
+    head_weights: int
+    sharded: bool
     cast: bool
 
 
@@ -120,16 +123,21 @@ class Transformer:
         working += load.layer_weights * 5 // 4
         saved = self.layers * self._saved(load)
         logits = 3 * COMPUTE_BYTES * tokens * self.vocabulary // load.loss_chunks
-        ends = load.end_weights if load.gathered else 0
         grads = load.gradients
 
-        held = grads.layer if load.release else grads.blocks
-        held += grads.embed if self.tied else 0
-        backward = Temporaries(held, saved + working + ends + logits * 3 // 10)
-        copy = 0 if load.gathered or not load.cast else load.end_weights // 2
-        head = grads.embed if self.tied else grads.head
-        loss = Temporaries(head, saved + logits + ends + copy)
-        return max(backward, loss, key=sum)
+        tied = grads.embed if self.tied else 0
+        blocks = grads.layer if load.release else grads.blocks
+        at_loss = tied or grads.head
+        if load.sharded and not load.release:
+            at_loss += blocks
+        copy = load.head_weights if load.cast or load.sharded else 0
+        moments = [
+            Temporaries(tied + blocks, saved + working + logits * 3 // 10),
+            Temporaries(at_loss, saved + logits + copy),
+        ]
+        if logits < grads.blocks and not load.release:
+            moments.append(Temporaries(tied + blocks, saved + logits * 8 // 10))
+        return max(moments, key=sum)
 
     def _saved(self, load: Load) -> int:
         """Bytes that one layer leaves for its backward pass."""

@@ -242,6 +242,7 @@ class _Job:
         if architecture is None:
             grads = [shards.nbytes(x) for x in jax.tree.leaves(params)]
             return activations.Temporaries(max(grads) if release else sum(grads), 0)
+        untied = not getattr(architecture, "tied", False)
         load = activations.Load(
             batch=batch // self.devices,
             length=self.length,
@@ -250,8 +251,8 @@ class _Job:
             loss_chunks=self.loss_chunks,
             gradients=self._gradients(),
             layer_weights=_layer(params["blocks"], _compute_bytes),
-            end_weights=_compute_bytes((params["embed"], params["head"])),
-            gathered=self._is_sharded(),
+            head_weights=_compute_bytes(params["head" if untied else "embed"]),
+            sharded=self._is_sharded(),
             cast=any(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(params)),
         )
         return architecture.temporaries(load)

@@ -63,6 +63,13 @@ def nbytes(tree: PyTree) -> int:
     return sum(_nbytes(x, x.sharding) for x in jax.tree.leaves(tree))
 
 
+def state_shardings(
+    tx: optax.GradientTransformation, params: PyTree, mesh: Any
+) -> PyTree:
+    """Where each array of an optimizer state goes, for params as :func:`place` has."""
+    return _init._state_shardings(tx.init, params, mesh)
+
+
 def state_bytes(
     tx: optax.GradientTransformation, params: PyTree, mesh: Any
 ) -> dict[str, int]:
@@ -74,7 +81,7 @@ def state_bytes(
       mesh: theirs.
     """
     state = jax.eval_shape(lambda p: tx.init(p), params)
-    shardings = _init._state_shardings(tx.init, params, mesh)
+    shardings = state_shardings(tx, params, mesh)
     counts = Counter({kind: 0 for kind in STATE})
 
     def count(path: tuple[Any, ...], x: Any, sharding: Any) -> None:
