@@ -1,8 +1,8 @@
 """Llama and GPT-2 in plain JAX: what ``llama_memory.py`` compiles.
 
-Params are a dictionary, as ``optax_flash.plan`` has it: ``"embed"``, ``"blocks"`` (every
-layer stacked along a first axis, run by ``lax.scan``) and ``"head"``. Activations are
-bfloat16, whatever the params are in.
+Params are a dictionary, as ``optax_flash.plan`` has it: ``"embed"``, ``"blocks"``
+(every layer stacked along a first axis, run by ``lax.scan``) and ``"head"``.
+Activations are bfloat16, whatever the params are in.
 """
 
 import dataclasses

@@ -3,10 +3,10 @@
     python benchmarks/llama_memory.py
 
 XLA compiles the whole step (loss, gradients, update) for H100s that are not there, from
-shapes alone, and says how much memory it takes: arguments, outputs and temporaries, less
-what is aliased. Beside it, what ``optax_flash.plan`` says, and other models that it was
-compared with. Needs ``jax[cuda13]`` and JAX_PLATFORMS=cpu. Writes a JSON file and a
-table.
+shapes alone, and says how much memory it takes: arguments, outputs and temporaries,
+less what is aliased. Beside it, what ``optax_flash.plan`` says; also of other models.
+Its coefficients were fitted to the steps of all tables but the last. Needs
+``jax[cuda13]`` and JAX_PLATFORMS=cpu. Writes a JSON file and tables.
 
 The device is described as an H100 with more memory than any step takes: where it is
 short XLA trades time for memory of its own accord.
@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_flash
 from optax_flash import plan, release
-from optax_flash.plan import shards
+from optax_flash.plan import optimizers, shards
 
 ROOT = pathlib.Path(__file__).parent.parent
 TARGET = ROOT / "tests/fusion/h100.textproto"
@@ -104,6 +104,17 @@ CASES = {
         Case("gpt2-124m", "adamw8", batch=8, length=1_024),
         Case("gpt2-124m", "adamw", batch=8, length=1_024, chunks=4, remat=False),
     ],
+    "steps that nothing was fitted to": [
+        Case(LLAMA, "adamw8", batch=4, length=4_096, chunks=4),
+        Case(LLAMA, "adamw", batch=2, length=8_192, chunks=8),
+        Case(LLAMA, "adamw4", True, batch=16, chunks=16),
+        Case(LLAMA, "sgd8", batch=4),
+        Case(LLAMA, "adamw8", batch=32, chunks=8, devices=8),
+        Case("llama-3.2-1b", "adamw8", True, batch=4, chunks=8),
+        Case("gpt2-355m", "adamw8", batch=16, length=1_024, chunks=4),
+        Case("gpt2-774m", "adamw", batch=4, length=1_024),
+        Case("gpt2-774m", "adamw8", batch=4, length=512, remat=False),
+    ],
 }
 
 
@@ -120,8 +131,11 @@ def decoder(model: plan.Model, name: str) -> decoders.Llama | decoders.GPT2:
 
 def devices(count: int) -> Mesh:
     """A mesh of H100s that are not there."""
-    target = re.sub(r"device_memory_size: \d+", "device_memory_size: 8000000000000",
-                    TARGET.read_text())
+    target = re.sub(
+        r"device_memory_size: \d+",
+        "device_memory_size: 8000000000000",
+        TARGET.read_text(),
+    )
     topology = topologies.get_topology_desc(
         "h100", platform="cuda", target_config=target, topology=f"1x1x{count}"
     )
@@ -156,15 +170,14 @@ def compile_case(case: Case) -> dict[str, float]:
     dtype = jnp.bfloat16 if case.bits else jnp.float32
     tx = optax.adamw(1e-3)
     if case.bits:
-        inner = getattr(optax_flash, case.optimizer)(1e-3)
+        inner = optimizers.named(case.optimizer)
         tx = optax_flash.master_weights(inner, case.bits, finished=True)
     params = jax.tree.map(lambda x: x.update(dtype=dtype), model.params)
     params = shards.place(params, mesh)
-    shardings = shards.state_shardings(tx, params, mesh)
     state = jax.tree.map(
         lambda x, sharding: x.update(sharding=sharding),
         jax.eval_shape(tx.init, params),
-        shardings,
+        optax_flash.state_sharding(tx, params),
     )
     by_example = NamedSharding(mesh, PartitionSpec("fsdp"))
     tokens = jax.ShapeDtypeStruct(

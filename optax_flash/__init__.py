@@ -32,6 +32,7 @@ from optax_flash.numerics.weights import ExactResidual as ExactResidual
 from optax_flash.numerics.weights import FlashOptimResidual as FlashOptimResidual
 from optax_flash.report import NumericsReport as NumericsReport
 from optax_flash.report import numerics_report as numerics_report
+from optax_flash.sharding import state_sharding as state_sharding
 from optax_flash.transforms.compress import CompressState as CompressState
 from optax_flash.transforms.compress import compress as compress
 from optax_flash.transforms.finished import FinishedParam as FinishedParam

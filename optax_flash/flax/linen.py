@@ -8,11 +8,11 @@ import optax
 from flax.training import train_state
 from jax.typing import DTypeLike
 
-from optax_flash.flax.precision import KeepFloat32, is_norm
+from optax_flash.flax.precision import KeepFloat32, is_norm, with_master_weights
+from optax_flash.sharding import tree_sharding
 from optax_flash.transforms.master_weights import (
     cast_params,
     master_params,
-    master_weights,
     set_master_params,
 )
 
@@ -69,11 +69,33 @@ class TrainState(train_state.TrainState):
         state = super().create(
             apply_fn=apply_fn,
             params=half,
-            tx=master_weights(tx, bits, finished=True),
+            tx=with_master_weights(tx, bits),
             **kwargs,
         )
         opt_state = set_master_params(state.opt_state, half, params)
         return state.replace(opt_state=opt_state)
+
+    def state_sharding(self, param_sharding: Any = None) -> "TrainState":
+        """The sharding of every array: of params, of their optimizer state, of others.
+
+        Shapes are enough, so a state can be made where it belongs:
+        ``abstract = jax.eval_shape(create, key)``, then ``jax.jit(create,
+        out_shardings=abstract.state_sharding(...))(key)``.
+
+        Args:
+          param_sharding: as in :func:`optax_flash.state_sharding`. For params with
+            partitioning metadata ``nn.get_sharding(abstract.params, mesh)``, or
+            ``nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract.params), mesh,
+            rules)``.
+
+        Returns:
+          A state of NamedShardings. What mirrors no params, such as batch statistics,
+          is replicated.
+
+        Raises:
+          ValueError: as :func:`optax_flash.state_sharding` does.
+        """
+        return tree_sharding(self, self.tx, self.params, param_sharding)
 
     def fp32_params(self) -> optax.Params:
         """The float32 weights, for evaluation and export."""

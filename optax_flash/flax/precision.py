@@ -1,9 +1,13 @@
-"""Which params are kept in float32 by default."""
+"""What both train states do: params in half precision, but norms, and their rest."""
 
+import functools
 import re
 from collections.abc import Callable
 
 import jax
+import optax
+
+from optax_flash.transforms.master_weights import master_weights
 
 KeepFloat32 = Callable[[str, jax.Array], bool]
 
@@ -34,3 +38,16 @@ def is_norm(path: str, param: jax.Array) -> bool:
     parts = path.split("/")
     gain = parts[-1] == "scale" and param.ndim <= 1
     return gain or any(_NORM.search(part) for part in parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def with_master_weights(
+    tx: optax.GradientTransformation, bits: int
+) -> optax.GradientTransformationExtraArgs:
+    """``master_weights`` with finished params, the same one whenever it is asked for.
+
+    A transformation is a part of a train state's structure, and states that are made
+    from one ``tx`` must have one structure: that of a state's shapes or shardings, say,
+    and that of the state.
+    """
+    return master_weights(tx, bits, finished=True)

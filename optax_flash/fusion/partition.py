@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Place, Shard
+from optax_flash.numerics import meshes
 
 Programs = tuple[Program, ...]
 Kernel = Callable[[list[Shard]], list[list[jax.Array]]]
@@ -169,7 +170,7 @@ def _specs(
                 break
         for axis, entry in enumerate(spec):
             multiple = program.lanes if axis == len(spec) - 1 else 1
-            if shape[axis] % (_shards(mesh, entry) * multiple):
+            if shape[axis] % (meshes.shards(mesh, entry) * multiple):
                 spec[axis] = None
         specs.append(tuple(spec))
     return specs
@@ -207,7 +208,7 @@ def _on_shards(
         rows = zip(programs, specs, by_leaf(programs, operands), strict=True)
         for program, spec, of_leaf in rows:
             shape = tuple(
-                size // _shards(mesh, entry)
+                size // meshes.shards(mesh, entry)
                 for size, entry in zip(_shape(program, sliced), spec, strict=True)
             )
             for entry in filter(None, spec):
@@ -231,14 +232,6 @@ def _reshard(mesh: Any) -> Callable[[jax.Array, PartitionSpec], jax.Array]:
         return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
     return reshard
-
-
-def _shards(mesh: Any, entry: Any) -> int:
-    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    shards = 1
-    for name in names:
-        shards *= mesh.shape[name]
-    return shards
 
 
 def _rule(programs: Programs, sliced: bool) -> SdyShardingRule:

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 from jax.typing import DTypeLike
 
 from optax_flash.numerics import arithmetic, groups, nibbles
@@ -81,7 +80,7 @@ class Codec(abc.ABC):
         scales = jnp.stack(planes, axis=-1).reshape(self.scales_shape(x.shape))
         codes = groups.merge(self.pack(codes), self.codes_shape(x.shape))
         if whole is not x:
-            codes = reshard(codes, jax.typeof(x).sharding)
+            codes, scales = (groups.sharded_like(y, x) for y in (codes, scales))
         return codes, scales
 
     def decode(
@@ -90,11 +89,14 @@ class Codec(abc.ABC):
         """The float32 array of ``shape`` that ``(codes, scales)`` stand for."""
         width = self.group // self.codes_per_byte
         whole = groups.with_whole_groups(codes, width)
+        if codes.ndim:
+            # Where groups are cut, scales are not sharded along with them.
+            scales = groups.sharded_like(scales, whole)
         pairs = groups.split(scales, self.scales_per_group)
         planes = tuple(pairs[..., i] for i in range(self.scales_per_group))
         x = self.decode_groups(self.unpack(groups.split(whole, width)), planes)
         x = groups.merge(x, shape)
-        return x if whole is codes else reshard(x, jax.typeof(codes).sharding)
+        return x if whole is codes else groups.sharded_like(x, codes)
 
     def encode_groups(
         self, x: jax.Array, bits: jax.Array | None

@@ -4,11 +4,11 @@ A group never crosses a row, so a leaf's PartitionSpec fits its scales too, as l
 a shard of the last axis holds whole groups.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+from optax_flash.numerics import meshes
 
 
 def num_groups(n: int, group: int) -> int:
@@ -36,16 +36,30 @@ def with_whole_groups(x: jax.Array, group: int) -> jax.Array:
     Only on a mesh of explicit axes, where an array's type tells how it is sharded and a
     reshape has to fit it; elsewhere XLA sees to it.
     """
+    if not _is_explicit(x) or not x.ndim:
+        return x
     sharding = jax.typeof(x).sharding
     mesh, spec = sharding.mesh, sharding.spec
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types or not x.ndim:
-        return x
-    entry = spec[-1]
-    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    shards = math.prod(mesh.shape[name] for name in names)
-    if x.shape[-1] % (shards * group) == 0:
+    if x.shape[-1] % (meshes.shards(mesh, spec[-1]) * group) == 0:
         return x
     return reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+
+
+def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` sharded as ``other``, of its rank, along the axes where that divides.
+
+    Likewise only on a mesh of explicit axes.
+    """
+    if not _is_explicit(other):
+        return x
+    sharding = jax.typeof(other).sharding
+    spec = meshes.fitted(sharding.mesh, sharding.spec, x.shape)
+    return reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
 def merge(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -8,6 +8,7 @@ import sys
 from optax_flash.plan import chart, configs, devices, models, optimizers
 from optax_flash.plan.planner import FLOAT32, Plan, plan
 
+BITS = {"auto": "auto", "24": 24, "32": 32, "none": None}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -19,7 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     args = _parser().parse_args(arguments)
     try:
-        ours = _plan(args, args.optimizer, args.bits, args.param_dtype, args.release)
+        ours = _plan(
+            args, args.optimizer, BITS[args.bits], args.param_dtype, args.release
+        )
         print(ours)
         if args.chart:
             stock = _plan(args, "adamw", None, "float32", False)
@@ -68,12 +71,13 @@ def _devices(args: argparse.Namespace) -> int:
 
 
 def _mesh(text: str) -> dict[str, int]:
-    pairs = [item.split("=") for item in text.split(",")]
-    return {name: int(size) for name, size in pairs}
-
-
-def _bits(text: str) -> int | str | None:
-    return {"none": None, "auto": "auto", "24": 24, "32": 32}[text]
+    try:
+        pairs = [item.split("=") for item in text.split(",")]
+        return {name: int(size) for name, size in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not like fsdp=8 or data=2,fsdp=4"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,17 +93,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--mesh", type=_mesh, help="such as fsdp=8 or data=2,fsdp=4; one device if not")
     add(
         "--bits",
-        type=_bits,
+        choices=BITS,
         default="auto",
-        help="of the weights: 24, 32 or none; 24 for our optimizers if not given",
+        help="of the weights; auto is 24 for our optimizers and none for others",
     )
     add("--param-dtype", choices=DTYPES)
     add("--batch", type=int, help="examples on all devices; one on each if not given")
     add("--length", type=int, help="tokens of an example; the model's own if not given")
     add("--remat", action=argparse.BooleanOptionalAction, default=True)
-    add("--release", action="store_true", help="free each gradient in the backward pass")
+    add(
+        "--release", action="store_true", help="free each gradient in the backward pass"
+    )
     add("--loss-chunks", type=int, default=1, help="pieces in which logits are made")
-    add("--memory-fraction", type=float, help="of the device; JAX's default if not given")
+    add(
+        "--memory-fraction",
+        type=float,
+        help="of the device; JAX's default if not given",
+    )
     add("--chart", metavar="FILE.png", help="draw stacked bars (needs matplotlib)")
     return parser
 

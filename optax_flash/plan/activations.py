@@ -135,8 +135,9 @@ class Transformer:
             Temporaries(tied + blocks, saved + working + logits * 3 // 10),
             Temporaries(at_loss, saved + logits + copy),
         ]
-        if logits < grads.blocks and not load.release:
-            moments.append(Temporaries(tied + blocks, saved + logits * 8 // 10))
+        if not load.release:
+            early = saved + min(logits, grads.blocks) * 8 // 10
+            moments.append(Temporaries(tied + blocks, early))
         return max(moments, key=sum)
 
     def _saved(self, load: Load) -> int:

@@ -30,9 +30,17 @@ def save(plans: Mapping[str, Plan], path: str | os.PathLike[str]) -> None:
         heights = [p.component_bytes[component] / 2**30 for p in plans.values()]
         axes.bar(list(plans), heights, bottom=bottoms, label=component, width=0.6)
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    for name, usable in {p.device.name: p.usable / 2**30 for p in plans.values()}.items():
+    for name, usable in {
+        p.device.name: p.usable / 2**30 for p in plans.values()
+    }.items():
         axes.axhline(usable, color="black", linestyle="--", linewidth=1)
-        axes.annotate(f"usable of {name}", (0.01, usable), (0, 3), ("axes fraction", "data"), "offset points")
+        axes.annotate(
+            f"usable of {name}",
+            (0.01, usable),
+            (0, 3),
+            ("axes fraction", "data"),
+            "offset points",
+        )
     axes.set_ylabel("GiB on each device")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)

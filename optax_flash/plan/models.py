@@ -25,12 +25,23 @@ class Model:
         dictionary of "embed", "blocks" (layers stacked along a first axis) and "head".
       architecture: what the activations are computed from; None: they are left out.
       length: tokens of an example, if nothing else is said; 1 for images.
+
+    Raises:
+      ValueError: an architecture, and other params.
     """
 
     name: str
     params: PyTree
     architecture: Transformer | Convolutions | None = None
     length: int = 1
+
+    def __post_init__(self) -> None:
+        parts = {"embed", "blocks", "head"}
+        if self.architecture and set(self.params) != parts:
+            raise ValueError(
+                f"Model {self.name!r} has the params {sorted(self.params)}; with an "
+                f"architecture they are {sorted(parts)}."
+            )
 
     @property
     def size(self) -> int:

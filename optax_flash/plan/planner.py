@@ -181,10 +181,12 @@ def plan(
     tx = master_weights.master_weights(inner, int(bits)) if bits else inner
 
     held = {"weights": shards.nbytes(job.params)}
-    held |= shards.state_bytes(tx, job.params, job.mesh)
+    held |= shards.state_bytes(tx, job.params)
     peak = functools.partial(job.peak, sum(held.values()))
     most = job.temporaries(batch, remat, release)
     fraction = device.fraction if memory_fraction is None else memory_fraction
+    if not 0 < fraction <= 1:
+        raise ValueError(f"plan: memory_fraction is {fraction}; give one in (0, 1].")
     usable = int(device.memory * fraction)
     estimated = known.architecture is not None
     return Plan(
@@ -224,13 +226,9 @@ class _Job:
     length: int
     loss_chunks: int
 
-    @functools.cached_property
-    def mesh(self) -> Any:
-        return jax.tree.leaves(self.params)[0].sharding.mesh
-
     @property
     def devices(self) -> int:
-        return self.mesh.size
+        return jax.tree.leaves(self.params)[0].sharding.mesh.size
 
     def peak(self, held: int, batch: int, remat: bool, release: bool) -> int:
         return held + sum(self.temporaries(batch, remat, release))
@@ -322,7 +320,7 @@ def _baselines(job: _Job, batch: int, remat: bool) -> dict[str, int]:
         return jax.tree.map(lambda x: x.update(dtype=dtype), job.params)
 
     full, half = like(jnp.float32), like(jnp.bfloat16)
-    state = shards.state_bytes(optimizers.named("adamw"), full, job.mesh)
+    state = shards.state_bytes(optimizers.named("adamw"), full)
     moments = sum(state.values())
     whole = dataclasses.replace(job, params=full)
     mixed = dataclasses.replace(job, params=half)

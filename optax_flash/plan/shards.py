@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from optax_flash.transforms import _init
+from optax_flash import sharding
 
 PyTree = Any
 
@@ -52,8 +52,8 @@ def place(params: PyTree, mesh: AbstractMesh) -> PyTree:
         return PartitionSpec()
 
     def placed(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec(path, x))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        where = NamedSharding(mesh, spec(path, x))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(placed, params)
 
@@ -63,29 +63,20 @@ def nbytes(tree: PyTree) -> int:
     return sum(_nbytes(x, x.sharding) for x in jax.tree.leaves(tree))
 
 
-def state_shardings(
-    tx: optax.GradientTransformation, params: PyTree, mesh: Any
-) -> PyTree:
-    """Where each array of an optimizer state goes, for params as :func:`place` has."""
-    return _init._state_shardings(tx.init, params, mesh)
-
-
-def state_bytes(
-    tx: optax.GradientTransformation, params: PyTree, mesh: Any
-) -> dict[str, int]:
+def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> dict[str, int]:
     """Bytes of an optimizer state on each device, by :data:`STATE`.
 
     Args:
       tx: the transformation.
       params: as :func:`place` gives them.
-      mesh: theirs.
     """
-    state = jax.eval_shape(lambda p: tx.init(p), params)
-    shardings = state_shardings(tx, params, mesh)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    state = jax.eval_shape(lambda p: tx.init(p), shapes)
+    shardings = sharding.state_sharding(tx, params)
     counts = Counter({kind: 0 for kind in STATE})
 
-    def count(path: tuple[Any, ...], x: Any, sharding: Any) -> None:
-        counts[_kind(path, x)] += _nbytes(x, sharding)
+    def count(path: tuple[Any, ...], x: Any, placed: NamedSharding) -> None:
+        counts[_kind(path, x)] += _nbytes(x, placed)
 
     jax.tree_util.tree_map_with_path(count, state, shardings)
     return dict(counts)
@@ -104,5 +95,5 @@ def _parts_name(path: tuple[Any, ...]) -> Any:
     return getattr(path[0], "key", None) if path else None
 
 
-def _nbytes(x: Any, sharding: Any) -> int:
-    return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def _nbytes(x: Any, placed: NamedSharding) -> int:
+    return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize

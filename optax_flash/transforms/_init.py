@@ -1,18 +1,17 @@
 """Making an optimizer state without its uncompressed form ever being in memory."""
 
+import contextlib
 import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
-from optax_flash.transforms import _factors, _mirror
+from optax_flash.transforms import _shardings
 
 PyTree = Any
 
@@ -35,19 +34,24 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
         )
         if not leaves or not concrete:
             return init(params)
-        mesh = _mesh(leaves)
-        if mesh is None:
+        shardings = _shardings.own(params)
+        if shardings is None:
             # A state of zeros does not depend on the params, so jit would not follow.
             with jax.default_device(next(iter(leaves[0].devices()))):
                 return jax.jit(init)(params)
-        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-            # There the sharding is part of an array's type and needs no help.
-            with jax.set_mesh(mesh):
-                return jax.jit(init)(params)
-        shardings = _state_shardings(init, params, mesh)
-        return jax.jit(init, out_shardings=shardings)(params)
+        with _context(shardings[0].mesh):
+            # A new function each time: a cached trace would not run init again.
+            state = jax.eval_shape(lambda p: init(p), params)
+            out = _shardings.of_tree(state, params, shardings)
+            return jax.jit(init, out_shardings=out)(params)
 
     return wrapped
+
+
+def _context(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """In which explicit axes are known; arrays made from none of them are not."""
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
 
 
 def like_float32(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
@@ -88,71 +92,3 @@ def stub(x: Any, dtype: jax.typing.DTypeLike) -> Any:
     zeros = jnp.zeros_like(x, dtype=dtype)
     zeros = zeros if zeros.ndim else zeros[None]
     return jnp.sum(zeros, axis=-1, keepdims=True, dtype=dtype)
-
-
-def _mesh(leaves: list[jax.Array]) -> Any:
-    """The mesh over which arrays are sharded; None for a single device."""
-    for x in leaves:
-        if isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1:
-            return x.sharding.mesh
-    return None
-
-
-def _state_shardings(
-    init: Callable[[PyTree], PyTree], params: PyTree, mesh: Any
-) -> PyTree:
-    """A sharding for each array of the state: its param's, where there is one."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(lambda p: init(p), params)
-    parts, join = _mirror.split_state(state, params)
-
-    def shardings(part: _mirror.Mirror) -> PyTree:
-        fitted = [
-            _fit(p.sharding, part.name, p.shape, x.shape) if hasattr(x, "shape") else x
-            for p, x in zip(jax.tree.leaves(params), part.entries, strict=True)
-        ]
-        return part.rebuild(fitted)
-
-    return join(
-        [
-            shardings(part) if isinstance(part, _mirror.Mirror) else replicated
-            for part in parts
-        ]
-    )
-
-
-def _fit(
-    sharding: Any, field: str, shape: tuple[int, ...], state_shape: tuple[int, ...]
-) -> Any:
-    """A param's sharding for a state leaf; axes that do not divide are replicated."""
-    if not isinstance(sharding, NamedSharding):
-        return None
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    entries = []
-    for size, axis in zip(state_shape, _axes(field, shape, state_shape), strict=True):
-        entry = None if axis is None else spec[axis]
-        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        shards = math.prod(sharding.mesh.shape[name] for name in names)
-        entries.append(None if size % shards else entry)
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-
-def _axes(
-    field: str, shape: tuple[int, ...], state_shape: tuple[int, ...]
-) -> Sequence[int | None]:
-    """The axis of the param along which each axis of a state leaf lies, or None."""
-    n, more = len(shape), len(state_shape) - len(shape)
-    side = _factors.side_of(field)
-    if side and n > 1 and not more:
-        # (*batch, rank, p) or (*batch, rank, q) of (*batch, p, q), and their scales.
-        return [*range(n - 2), None, n - 2 if side == "left" else n - 1]
-    if more >= 0 and state_shape[more:-1] == shape[:-1]:
-        # Rows like the param's: an array like it, its codes or its scales.
-        return [*[None] * more, *range(n)]
-    # Some axes were reduced, but equal ones cannot be told apart.
-    kept = [
-        axes
-        for axes in itertools.combinations(range(n), len(state_shape))
-        if tuple(shape[axis] for axis in axes) == state_shape
-    ]
-    return kept[0] if len(kept) == 1 else [None] * len(state_shape)

@@ -22,6 +22,8 @@ class Record(NamedTuple):
       path: of the param, such as ``"decoder/kernel"``.
       field: of the state, such as ``"mu"``, or ``"residual"``.
       codec: ``repr`` of the codec.
+      shape: of the array that the codes stand for.
+      group: how many neighbours along its last axis share a scale.
       code_bytes: bytes of its codes.
       scale_bytes: bytes of its scales.
     """
@@ -29,6 +31,8 @@ class Record(NamedTuple):
     path: str
     field: str
     codec: str
+    shape: tuple[int, ...]
+    group: int
     code_bytes: int
     scale_bytes: int
 

@@ -417,6 +417,8 @@ def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -
                         path=path,
                         field=field.name,
                         codec=repr(codec),
+                        shape=x.shape,
+                        group=codec.group,
                         code_bytes=math.prod(codec.codes_shape(x.shape)),
                         scale_bytes=scales * jnp.dtype(codec.scale_dtype).itemsize,
                     )

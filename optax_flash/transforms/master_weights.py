@@ -506,6 +506,8 @@ def _record(codec: weights.ResidualCodec, params: PyTree) -> None:
                     path=path,
                     field="residual",
                     codec=repr(codec),
+                    shape=p.shape,
+                    group=1,
                     code_bytes=p.size * codec.dtype.itemsize,
                     scale_bytes=0,
                 )
