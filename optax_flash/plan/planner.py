@@ -160,7 +160,11 @@ def plan(
         bits = 24 if named and optimizer in optimizers.OURS else None
     known = _model(model)
     length = known.length if length is None else length
-    for name, value in (("batch", batch), ("length", length), ("chunks", loss_chunks)):
+    for name, value in (
+        ("batch", batch),
+        ("length", length),
+        ("loss_chunks", loss_chunks),
+    ):
         if value < 1:
             raise ValueError(f"plan: {name} is {value}; give 1 or more.")
     if param_dtype is None and not _is_tree(model):
