@@ -5,7 +5,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	codec-lab quality lion budget fashion-mnist clean
+	llama-memory codec-lab quality lion budget fashion-mnist clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -14,7 +14,7 @@ test: .venv/dev ## all tests, doctests among them
 	$(BIN)/python -m pytest -n 2
 
 test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion tests/plan
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -35,6 +35,9 @@ bench-cpu: .venv/examples ## step time on a CPU against optax
 
 gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
 	$(BIN)/python benchmarks/gpu_report.py
+
+llama-memory: .venv-cuda/done ## memory of Llama-3.1-8B's step, planned and compiled
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/llama_memory.py
 
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab

@@ -22,22 +22,14 @@ class Llama:
     """RMSNorm, rotary positions, grouped queries, a gated MLP.
 
     Attributes:
-      vocabulary: rows of the embedding.
-      width: of the residual stream.
-      hidden: of the MLP.
-      layers: how many blocks.
       heads: of queries.
       kv_heads: of keys and values.
       tied: whether the head is the embedding.
     """
 
-    vocabulary: int = 128_256
-    width: int = 4_096
-    hidden: int = 14_336
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 8
-    tied: bool = False
+    heads: int
+    kv_heads: int
+    tied: bool
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         return params["embedding"][tokens]
@@ -67,9 +59,7 @@ class Llama:
 class GPT2:
     """LayerNorm, learned positions, biases, GELU, a head tied to the embedding."""
 
-    width: int = 1_600
-    layers: int = 48
-    heads: int = 25
+    heads: int
     tied: bool = dataclasses.field(default=True, init=False)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:

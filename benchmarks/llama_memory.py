@@ -118,15 +118,15 @@ CASES = {
 }
 
 
-HEADS = {"llama-3.2-1b": 32, "llama-3.1-8b": 32, "llama-3.1-70b": 64}
-
-
-def decoder(model: plan.Model, name: str) -> decoders.Llama | decoders.GPT2:
-    """The model that the preset describes."""
+def decoder(model: plan.Model) -> decoders.Llama | decoders.GPT2:
+    """The network that a preset describes, or the like of it."""
     sizes = model.architecture
-    if name.startswith("gpt2"):
-        return decoders.GPT2(sizes.width, sizes.layers, sizes.width // 64)
-    return decoders.Llama(heads=HEADS[name], kv_heads=8, tied=sizes.tied)
+    assert isinstance(sizes, plan.Transformer)
+    head_width = 64 if sizes.width < 4_096 else 128
+    heads = sizes.width // head_width
+    if sizes.gated:
+        return decoders.Llama(heads, sizes.keys // head_width, sizes.tied)
+    return decoders.GPT2(heads)
 
 
 def devices(count: int) -> Mesh:
@@ -145,8 +145,7 @@ def devices(count: int) -> Mesh:
 def step_of(case: Case, model: plan.Model, tx: Any, params: Any, mesh: Mesh):
     """The step: ``(params, state, tokens) -> (loss, params, state)``."""
     over = mesh if case.devices > 1 else None
-    network = decoder(model, case.model)
-    loss = decoders.sequence(network, chunks=case.chunks, mesh=over)
+    loss = decoders.sequence(decoder(model), chunks=case.chunks, mesh=over)
     if case.released:
         return release.train_step(loss, tx)
     if not case.remat:
@@ -163,10 +162,15 @@ def step_of(case: Case, model: plan.Model, tx: Any, params: Any, mesh: Mesh):
     return step
 
 
-def compile_case(case: Case) -> dict[str, float]:
-    """Bytes of the compiled step on each device, and of the plan."""
+def compile_case(case: Case, model: plan.Model | None = None) -> dict[str, float]:
+    """Bytes of the compiled step on each device, and of the plan.
+
+    Args:
+      case: the step.
+      model: another than the preset that the case names.
+    """
     mesh = devices(case.devices)
-    model = plan.preset(case.model)
+    model = model or plan.preset(case.model)
     dtype = jnp.bfloat16 if case.bits else jnp.float32
     tx = optax.adamw(1e-3)
     if case.bits:
@@ -195,7 +199,7 @@ def compile_case(case: Case) -> dict[str, float]:
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     planned = plan.plan(
-        case.model,
+        model,
         case.optimizer,
         "h100-80gb",
         {"fsdp": case.devices},

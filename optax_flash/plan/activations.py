@@ -16,7 +16,8 @@ Three moments may be the peak, and XLA's scheduling decides which:
 * *backward*: what is saved, one layer at work, the gradients of all layers, and that of
   a tied embedding; 0.3 times the logits, for what XLA's buffer assignment loses when
   gradients take their place;
-* *loss*: what is saved, the logits, the head's gradient; a bfloat16 copy of the head
+* *loss*: what is saved, the logits, then the head's gradient in the place of the
+  float32 ones, or beside them if they are made in pieces; a bfloat16 copy of the head
   where its params are sharded or float32;
 * *early*: XLA may fill the gradients' buffers with zeros before the loss. It does where
   params are sharded, and the loss then has all of them; on one device it does where
@@ -126,18 +127,23 @@ class Transformer:
         grads = load.gradients
 
         tied = grads.embed if self.tied else 0
-        blocks = grads.layer if load.release else grads.blocks
-        at_loss = tied or grads.head
-        if load.sharded and not load.release:
-            at_loss += blocks
+        head = tied or grads.head
+        held, at_loss = tied + grads.blocks, head
+        if load.release:
+            # It is among the weights of the layer at work.
+            held, working = tied + grads.layer, working - load.layer_weights
+        elif load.sharded:
+            at_loss += grads.blocks
         copy = load.head_weights if load.cast or load.sharded else 0
+        # Float32 logits are gone when the head's gradient comes, unless in pieces.
+        words = logits - (load.loss_chunks == 1) * min(head, logits * 2 // 3)
         moments = [
-            Temporaries(tied + blocks, saved + working + logits * 3 // 10),
-            Temporaries(at_loss, saved + logits + copy),
+            Temporaries(held, saved + working + logits * 3 // 10),
+            Temporaries(at_loss, saved + words + copy),
         ]
         if not load.release:
             early = saved + min(logits, grads.blocks) * 8 // 10
-            moments.append(Temporaries(tied + blocks, early))
+            moments.append(Temporaries(held, early))
         return max(moments, key=sum)
 
     def _saved(self, load: Load) -> int:
