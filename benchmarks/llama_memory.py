@@ -75,7 +75,7 @@ CONTENDERS = (("adamw", False), ("adamw8", False), ("adamw8", True), ("adamw4", 
 CONTENDERS += (("adamw4", True),)
 PAPER = {
     ("adamw", False): {"weights": 29.9, "state": 59.8, "peak": 175.2},
-    ("adamw8", True): {"weights": 15.0, "state": 23.4, "peak": 112.9},
+    ("adamw8", False): {"weights": 15.0, "state": 23.4, "peak": 112.9},
 }
 """GiB, of FlashOptim (arXiv 2602.23349), whose batch is not known here."""
 
@@ -91,6 +91,7 @@ CASES = {
         Case(LLAMA, "adamw8", remat=False),
         Case(LLAMA, "adamw", remat=False),
         Case(LLAMA, "adamw8", batch=64, devices=8),
+        Case(LLAMA, "adamw8", batch=32, chunks=8, devices=8),
         Case(LLAMA, "lion8", batch=8, length=1_024),
         Case("llama-3.1-70b", "adamw8", batch=16, devices=16),
         Case("llama-3.2-1b", "adamw8", batch=4),
@@ -109,7 +110,7 @@ CASES = {
         Case(LLAMA, "adamw", batch=2, length=8_192, chunks=8),
         Case(LLAMA, "adamw4", True, batch=16, chunks=16),
         Case(LLAMA, "sgd8", batch=4),
-        Case(LLAMA, "adamw8", batch=32, chunks=8, devices=8),
+        Case(LLAMA, "adamw4", batch=16, chunks=4, devices=8),
         Case("llama-3.2-1b", "adamw8", True, batch=4, chunks=8),
         Case("gpt2-355m", "adamw8", batch=16, length=1_024, chunks=4),
         Case("gpt2-774m", "adamw", batch=4, length=1_024),
@@ -258,14 +259,23 @@ def page(results: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for name, rows in results.items():
         parts.append(f"## {name[0].upper()}{name[1:]}\n\n{table(rows)}")
-    paper = [
-        f"| `{optimizer}`{', gradients released' if released else ''} | "
-        f"{sizes['weights']} | {sizes['state']} | {sizes['peak']} |"
-        for (optimizer, released), sizes in PAPER.items()
+    ours = results["one device"]
+    lines = [
+        "| | weights | state | peak | weights, paper | state, paper | peak, paper |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    header = "| the paper's | weights | state | peak |\n|---|---:|---:|---:|"
-    note = "FlashOptim (arXiv 2602.23349), Llama-3.1-8B with AdamW; GiB."
-    parts.append("## Beside it\n\n" + "\n".join([note, "", header, *paper]))
+    for row in ours:
+        theirs = PAPER.get((row["optimizer"], row["released"]), {})
+        cells = [describe(row)]
+        cells += [f"{row[key] / GIB:.1f}" for key in ("weights", "state", "peak")]
+        cells += [str(theirs.get(key, "")) for key in ("weights", "state", "peak")]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "FlashOptim (arXiv 2602.23349), Llama-3.1-8B with AdamW and FlashAdamW. Its "
+        "batch is not known here: peak less weights, state and gradients in the "
+        "weights' dtype is 55.6 and 59.5 GiB there."
+    )
+    parts.append("## Beside the paper\n\n" + "\n".join([note, "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -17,8 +17,8 @@ Three moments may be the peak, and XLA's scheduling decides which:
   a tied embedding; 0.3 times the logits, for what XLA's buffer assignment loses when
   gradients take their place;
 * *loss*: what is saved, the logits, then the head's gradient in the place of the
-  float32 ones, or beside them if they are made in pieces; a bfloat16 copy of the head
-  where its params are sharded or float32;
+  float32 ones, or beside them, and not sharded yet, if they are made in pieces; a
+  bfloat16 copy of the head where its params are sharded or float32;
 * *early*: XLA may fill the gradients' buffers with zeros before the loss. It does where
   params are sharded, and the loss then has all of them; on one device it does where
   logits take less: what is saved, these buffers, 0.8 times the logits.
@@ -134,6 +134,8 @@ class Transformer:
             held, working = tied + grads.layer, working - load.layer_weights
         elif load.sharded:
             at_loss += grads.blocks
+            # Pieces of the head's gradient are summed before it is scattered.
+            at_loss += load.head_weights * (load.loss_chunks > 1)
         copy = load.head_weights if load.cast or load.sharded else 0
         # Float32 logits are gone when the head's gradient comes, unless in pieces.
         words = logits - (load.loss_chunks == 1) * min(head, logits * 2 // 3)
