@@ -7,7 +7,8 @@ CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	release-memory tpu-report codec-lab quality lion budget fashion-mnist clean
+	release-memory llama-memory tpu-report codec-lab quality lion budget fashion-mnist \
+	clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -16,7 +17,7 @@ test: .venv/dev ## all tests, doctests among them
 	$(BIN)/python -m pytest -n 2
 
 test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion tests/plan
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -43,6 +44,9 @@ release-memory: .venv-cuda/done ## memory of train steps with gradient release, 
 
 tpu-report: .venv-tpu/done ## what XLA makes of an update for TPUs; needs none
 	$(TPU_BIN)/python benchmarks/tpu_report.py
+
+llama-memory: .venv-cuda/done ## memory of Llama-3.1-8B's step, planned and compiled
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/llama_memory.py
 
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab

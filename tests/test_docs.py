@@ -19,6 +19,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         ("kernels.md", 2),
         ("low_rank_adam.md", 1),
         ("numerics.md", 2),
+        ("plan.md", 2),
         ("release.md", 3),
         ("sharding.md", 3),
         ("tame.md", 1),
