@@ -256,8 +256,8 @@ def in_new_process(config: train.TrainConfig) -> None:
 
 def saved(config: train.TrainConfig):
     """The newest train state in the run's folder."""
-    folder = RunFolder(config.out, resume=True)
-    return folder.restore(train.init_state(config))
+    state = train.init_state(config)
+    return RunFolder(config.out, state, resume=True).restore(state)
 
 
 def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
@@ -280,12 +280,14 @@ def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
 
 
 def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
-    folder = RunFolder(tmp_path)
     state = train.init_state(config)
+    folder = RunFolder(tmp_path, state)
     folder.log([{"step": 1, "loss": 3.0}])
     folder.save(1, state)
-    folder.log([{"step": 2, "loss": 2.0}])  # then the process dies
-    resumed = RunFolder(tmp_path, resume=True)
+    folder.log([{"step": 2, "loss": 2.0}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # and in the middle of the next the process dies
+    resumed = RunFolder(tmp_path, state, resume=True)
     assert resumed.restore_log() == [{"step": 1, "loss": 3.0}]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
@@ -309,11 +311,12 @@ def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
 
 
 def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
-    RunFolder(tmp_path).save(1, train.init_state(config))
+    state = train.init_state(config)
+    RunFolder(tmp_path, state).save(1, state)
     with pytest.raises(FileExistsError, match="--resume"):
-        RunFolder(tmp_path)
+        RunFolder(tmp_path, state)
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
-        RunFolder(tmp_path / "other", resume=True)
+        RunFolder(tmp_path / "other", state, resume=True)
 
 
 # --- command line and demo
