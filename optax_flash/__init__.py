@@ -13,6 +13,8 @@ from optax_flash.aliases import sgd8 as sgd8
 from optax_flash.aliases import tamed_adamw8 as tamed_adamw8
 from optax_flash.aliases import trace8 as trace8
 from optax_flash.checkpoint import Checkpoints as Checkpoints
+from optax_flash.convert import from_optax_state as from_optax_state
+from optax_flash.convert import to_optax_state as to_optax_state
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
 from optax_flash.formats import check_format as check_format

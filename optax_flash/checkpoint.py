@@ -243,8 +243,8 @@ def _as_array(path: str, x: Any) -> jax.Array:
         ) from error
     if hasattr(x, "dtype") and x.dtype != array.dtype:
         raise ValueError(
-            f"{path!r} is {x.dtype}, of which JAX would keep {array.dtype}. Cast it, or "
-            "enable jax_enable_x64."
+            f"{path!r} is {x.dtype}, of which JAX would keep {array.dtype}. Cast it, "
+            "or enable jax_enable_x64."
         )
     return array
 
