@@ -17,6 +17,8 @@ from optax_flash.convert import from_optax_state as from_optax_state
 from optax_flash.convert import to_optax_state as to_optax_state
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
+from optax_flash.export import load_safetensors as load_safetensors
+from optax_flash.export import save_safetensors as save_safetensors
 from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
 from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw

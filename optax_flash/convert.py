@@ -73,9 +73,9 @@ def from_optax_state(
         :func:`master_weights` it must be the one that made the state.
       optax_state: the state of plain optax.
       weights: its params. # float32
-      like: a tree of params in the dtypes to keep them in, such as ``TrainState.params``
-        or what :func:`cast_params` returns; values do not matter. None: as they are.
-        Of half precision and no :func:`master_weights` in ``tx``, lower bits are lost.
+      like: params in the dtypes to keep them in, such as ``TrainState.params`` or what
+        :func:`cast_params` returns; values do not matter. None: as they are. Half
+        precision without :func:`master_weights` in ``tx`` loses the lower bits.
 
     Returns:
       ``(params, state)``.

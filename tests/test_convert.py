@@ -21,10 +21,6 @@ LABELS = {"w": "codes", "v": "plain", "b": "plain"}
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 10)
 
 
-def multi_steps(tx):
-    return optax.MultiSteps(tx, 2).gradient_transformation()
-
-
 # What we call it, and what it is in optax.
 CASES = {
     "adamw": (optax_flash.adamw8, optax.adamw),
@@ -57,14 +53,6 @@ CASES = {
     "inject_hyperparams": (
         lambda lr: optax.inject_hyperparams(optax_flash.adamw8)(lr),
         lambda lr: optax.inject_hyperparams(optax.adamw)(lr),
-    ),
-    "compressed inject_hyperparams": (
-        lambda lr: optax_flash.compress(optax.inject_hyperparams(optax.adamw)(lr)),
-        lambda lr: optax.inject_hyperparams(optax.adamw)(lr),
-    ),
-    "MultiSteps": (
-        lambda lr: multi_steps(optax_flash.adamw8(lr)),
-        lambda lr: multi_steps(optax.adamw(lr)),
     ),
     "flatten": (
         lambda lr: optax.flatten(optax_flash.adamw8(lr)),
