@@ -20,6 +20,9 @@ from optax_flash.numerics import hashing
 
 PyTree = Any
 
+_UNFINISHED = ".orbax-checkpoint-tmp"
+"""What orbax appends to the name of a folder while it writes to it."""
+
 
 class Checkpoints:
     """The checkpoints of one run, in a folder.
@@ -55,37 +58,34 @@ class Checkpoints:
     ):
         """Opens a folder, and makes it where there is none.
 
-        What a killed process left of an unfinished save is removed, so no two processes
-        may save into one folder (those of one ``jax.distributed`` run save together).
+        Processes that only restore may open the folder of another's run. Those of one
+        ``jax.distributed`` run save together; no others may save into one folder.
 
         Args:
           folder: on a file system, not in a bucket.
           tx: the transformation that makes the states; a Flax train state's ``tx``.
           params: arrays or ``jax.ShapeDtypeStruct``, as ``tx`` gets them.
-          keep: how many checkpoints stay, the newest; None for all. There is room for
-            one more while it is written.
+          keep: how many checkpoints stay, the newest; None for all. While one is
+            written there is one more.
         """
         ocp = _orbax()
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}. Keep at least 1, or None for all.")
         self.folder = pathlib.Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._format = formats.state_format(tx, params)
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self._keep = keep
+        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     @property
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
-        return sorted(self._manager.all_steps())
+        return sorted(int(x.name) for x in self.folder.iterdir() if x.name.isdigit())
 
     @property
     def latest(self) -> int | None:
         """The newest checkpoint's step; None where there is none."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     def save(self, step: int, tree: PyTree) -> None:
         """Writes a checkpoint, then removes the oldest beyond ``keep``.
@@ -116,23 +116,22 @@ class Checkpoints:
         }
         # Orbax refuses arrays without elements; there is nothing to write of them.
         arrays = {path: x for path, x in leaves.items() if x.size}
+        self._remove_unfinished()
         try:
-            self._manager.save(
-                step,
+            self._checkpointer.save(
+                self.folder / str(step),
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays),
                     description=ocp.args.JsonSave(description),
                 ),
-                force=True,
             )
         except Exception as error:
-            if jax.process_index() == 0:
-                for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()
             raise OSError(
                 f"Step {step} was not saved to {self.folder}: {_first_line(error)} "
                 f"Checkpoints that are there and whole: {self.steps}."
             ) from error
+        self._remove_old()
 
     def restore(self, target: PyTree, step: int | None = None) -> PyTree:
         """Reads a checkpoint, onto whatever devices the target says.
@@ -153,9 +152,10 @@ class Checkpoints:
         """
         ocp = _orbax()
         step = self._find(step)
+        path = self.folder / str(step)
         try:
             args = ocp.args.Composite(description=ocp.args.JsonRestore())
-            saved = self._manager.restore(step, args=args)["description"]
+            saved = self._checkpointer.restore(path, args=args)["description"]
             stored, found, digests = (
                 dict(saved[key]) for key in ("format", "leaves", "digests")
             )
@@ -171,7 +171,7 @@ class Checkpoints:
         arrays = {path: x for path, x in leaves.items() if x.size}
         try:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
-            restored = dict(self._manager.restore(step, args=args)["arrays"])
+            restored = dict(self._checkpointer.restore(path, args=args)["arrays"])
         except Exception as error:
             raise self._damaged(step, _first_line(error)) from error
         for path, x in leaves.items():
@@ -186,8 +186,8 @@ class Checkpoints:
         return jax.tree.structure(target).unflatten([restored[path] for path in leaves])
 
     def close(self) -> None:
-        """Frees what the folder's manager holds."""
-        self._manager.close()
+        """Ends orbax's threads."""
+        self._checkpointer.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -206,6 +206,20 @@ class Checkpoints:
                 f"{self.steps}."
             )
         return step
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest checkpoints, each at once by a new name."""
+        if self._keep is None or jax.process_index() != 0:
+            return
+        for step in self.steps[: -self._keep]:
+            (self.folder / str(step)).rename(self.folder / f"{step}{_UNFINISHED}")
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what is left of saves that failed, and of processes that died."""
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _damaged(self, step: int, why: str) -> ValueError:
         earlier = [other for other in self.steps if other < step]
