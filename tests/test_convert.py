@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import optax_flash
+import optax_flash.flax
 from optax_flash import from_optax_state, to_optax_state
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -214,6 +215,35 @@ def test_training_goes_on_where_it_was():
     params, state = train(tx, params, state, loss, range(60, 90))
     back = train(stock, *to_optax_state(tx, state, params), loss, range(90, 120))
     assert held_out(back[0]) == pytest.approx(expected, rel=0.02)
+
+
+def test_nnx_and_linen():
+    """Their states go on with the weights and moments of Flax's own."""
+    x = jnp.ones((8, 64))
+    old_model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    old = nnx.Optimizer(old_model, optax.adamw(1e-2), wrt=nnx.Param)
+    old.update(old_model, nnx.grad(lambda m: jnp.mean(m(x) ** 2))(old_model))
+    weights = nnx.as_pure(nnx.state(old_model, nnx.Param))
+    optax_state = nnx.as_pure(old.opt_state)
+
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(1))
+    optimizer = optax_flash.flax.Optimizer(model, optax_flash.adamw8(1e-2))
+    like = nnx.as_pure(nnx.state(model, nnx.Param))
+    params, opt_state = from_optax_state(optimizer.tx, optax_state, weights, like)
+    nnx.update(model, params)
+    nnx.update(optimizer.opt_state, nnx.state(opt_state))
+    chex.assert_trees_all_close(optimizer.fp32_params(model), weights, rtol=2**-15)
+    assert optax.tree.get(nnx.as_pure(optimizer.opt_state), "count") == 1
+
+    state = optax_flash.flax.TrainState.create(
+        apply_fn=None, params=weights, tx=optax_flash.adamw8(1e-2)
+    )
+    params, opt_state = from_optax_state(state.tx, optax_state, weights, state.params)
+    state = state.replace(params=params, opt_state=opt_state)
+    chex.assert_trees_all_close(state.fp32_params(), weights, rtol=2**-15)
+    _, back = to_optax_state(state.tx, state.opt_state, state.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, optax_state)
+    chex.assert_trees_all_close(back[0].nu, optax_state[0].nu, atol=1e-6)
 
 
 # --- bad input
