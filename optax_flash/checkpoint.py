@@ -108,14 +108,18 @@ class Checkpoints:
         leaves = {
             path: _as_array(path, x) for path, x in formats.named_leaves(tree).items()
         }
-        digests = jax.device_get({path: _digest(x) for path, x in leaves.items()})
+        numbers = {path: _numbers(x) for path, x in leaves.items()}
+        digests = jax.device_get({path: _digest(x) for path, x in numbers.items()})
         description = {
             "format": self._format,
             "leaves": {path: formats.describe_leaf(x) for path, x in leaves.items()},
             "digests": {path: int(digest) for path, digest in digests.items()},
         }
-        # Orbax refuses arrays without elements; there is nothing to write of them.
-        arrays = {path: x for path, x in leaves.items() if x.size}
+        arrays = {
+            path: x if _is_placed(x) else np.asarray(x)
+            for path, x in numbers.items()
+            if x.size  # Orbax refuses arrays without elements, and needs none.
+        }
         self._remove_unfinished()
         try:
             self._checkpointer.save(
@@ -138,8 +142,8 @@ class Checkpoints:
 
         Args:
           target: gives structure, shapes, dtypes and shardings: a fresh state, or
-            ``jax.ShapeDtypeStruct`` leaves, which go to the default device unless they
-            have a sharding. The mesh need not be the one that was saved from.
+            ``jax.ShapeDtypeStruct`` leaves, which go to the default device if they have
+            no sharding. The mesh need not be the one that was saved from.
           step: which; None for the newest.
 
         Returns:
@@ -152,38 +156,42 @@ class Checkpoints:
         """
         ocp = _orbax()
         step = self._find(step)
-        path = self.folder / str(step)
+        folder = self.folder / str(step)
         try:
             args = ocp.args.Composite(description=ocp.args.JsonRestore())
-            saved = self._checkpointer.restore(path, args=args)["description"]
+            saved = self._checkpointer.restore(folder, args=args)["description"]
             stored, found, digests = (
                 dict(saved[key]) for key in ("format", "leaves", "digests")
             )
         except Exception as error:
             raise self._damaged(step, _first_line(error)) from error
         formats.compare(stored, self._format)
-        leaves = {
-            path: _as_struct(path, x)
+        targets = {
+            path: x if isinstance(x, jax.ShapeDtypeStruct) else _as_array(path, x)
             for path, x in formats.named_leaves(target).items()
         }
-        expected = {path: formats.describe_leaf(x) for path, x in leaves.items()}
+        expected = {path: formats.describe_leaf(x) for path, x in targets.items()}
         formats.check_leaves(found, expected, f"The checkpoint of step {step}")
-        arrays = {path: x for path, x in leaves.items() if x.size}
+        numbers = {path: _numbers_like(x) for path, x in targets.items()}
         try:
+            arrays = {path: x for path, x in numbers.items() if x.size}
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
-            restored = dict(self._checkpointer.restore(path, args=args)["arrays"])
+            arrays = self._checkpointer.restore(folder, args=args)["arrays"]
         except Exception as error:
             raise self._damaged(step, _first_line(error)) from error
-        for path, x in leaves.items():
-            if not x.size:
-                restored[path] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
-        actual = jax.device_get({path: _digest(restored[path]) for path in leaves})
-        for path in leaves:
+        restored = {
+            path: jnp.asarray(arrays[path])
+            if x.size
+            else jnp.zeros(x.shape, x.dtype, device=getattr(x, "sharding", None))
+            for path, x in numbers.items()
+        }
+        actual = jax.device_get({path: _digest(x) for path, x in restored.items()})
+        for path in actual:
             if actual[path] != digests.get(path):
-                raise self._damaged(
-                    step, f"the numbers of {path!r} are not those saved"
-                )
-        return jax.tree.structure(target).unflatten([restored[path] for path in leaves])
+                why = f"the numbers of {path!r} are not those that were saved."
+                raise self._damaged(step, why)
+        leaves = [_from_numbers(restored[path], x) for path, x in targets.items()]
+        return jax.tree.structure(target).unflatten(leaves)
 
     def close(self) -> None:
         """Ends orbax's threads."""
@@ -263,19 +271,45 @@ def _as_array(path: str, x: Any) -> jax.Array:
     return array
 
 
-def _as_struct(path: str, x: Any) -> jax.ShapeDtypeStruct:
-    """A leaf's shape, dtype and sharding."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        x = _as_array(path, x)
-    # Without any, orbax would look for the devices that the array was saved from.
-    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _is_placed(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether somebody chose the devices of a leaf.
+
+    Others go through the host, and are where JAX pleases afterwards, too: a counter on
+    a device of its own would keep a step from running on a mesh.
+    """
+    return x.committed if isinstance(x, jax.Array) else x.sharding is not None
+
+
+def _is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(x: jax.Array) -> jax.Array:
+    """An array as numbers; random keys are not, to JAX."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _numbers_like(x: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """What tells orbax the shape, dtype and place of an array's numbers."""
+    placed = _is_placed(x)
+    if _is_key(x):
+        x = jax.eval_shape(jax.random.key_data, x)
+    if placed:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return np.empty(x.shape, x.dtype)
+
+
+def _from_numbers(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The inverse of :func:`_numbers`."""
+    if not _is_key(like):
+        return x
+    impls = []  # Traced, for a ShapeDtypeStruct does not say its own.
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(x, impl=impls[0])
 
 
 def _digest(x: jax.Array) -> jax.Array:
     """See :func:`hashing.digest`; of any dtype."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -81,9 +81,9 @@ def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
             f"The checkpoint has format version {saved.get('version')!r}, this "
             f"optax_flash reads {expected['version']}. Use the release that wrote it."
         )
-    names = [*expected["leaves"], *saved["leaves"]]
-    for name in names:
-        there = saved["leaves"].get(name, "no codes")
+    found = saved.get("leaves", {})
+    for name in [*expected["leaves"], *found]:
+        there = found.get(name, "no codes")
         here = expected["leaves"].get(name, "no codes")
         if there != here:
             raise ValueError(
