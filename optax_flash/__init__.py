@@ -12,8 +12,13 @@ from optax_flash.aliases import sgd4 as sgd4
 from optax_flash.aliases import sgd8 as sgd8
 from optax_flash.aliases import tamed_adamw8 as tamed_adamw8
 from optax_flash.aliases import trace8 as trace8
+from optax_flash.checkpoint import Checkpoints as Checkpoints
+from optax_flash.convert import from_optax_state as from_optax_state
+from optax_flash.convert import to_optax_state as to_optax_state
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
+from optax_flash.export import load_safetensors as load_safetensors
+from optax_flash.export import save_safetensors as save_safetensors
 from optax_flash.formats import check_format as check_format
 from optax_flash.formats import state_format as state_format
 from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.transforms import _records
+from optax_flash.transforms import _mirror, _records
 
 VERSION = 1
 """Of the storage formats. It changes whenever old codes would decode differently."""
@@ -71,19 +71,60 @@ def check_format(
       >>> saved = optax_flash.state_format(optax_flash.adamw8(), params)
       >>> optax_flash.check_format(saved, optax_flash.adamw8(1e-4), params)
     """
-    expected = state_format(tx, params)
-    if saved.get("version") != VERSION:
+    compare(saved, state_format(tx, params))
+
+
+def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises where two :func:`state_format` differ, see :func:`check_format`."""
+    if saved.get("version") != expected["version"]:
         raise ValueError(
             f"The checkpoint has format version {saved.get('version')!r}, this "
-            f"optax_flash reads {VERSION}. Use the release that wrote it."
+            f"optax_flash reads {expected['version']}. Use the release that wrote it."
         )
-    names = [*expected["leaves"], *saved["leaves"]]
-    for name in names:
-        there = saved["leaves"].get(name, "no codes")
+    found = saved.get("leaves", {})
+    for name in [*expected["leaves"], *found]:
+        there = found.get(name, "no codes")
         here = expected["leaves"].get(name, "no codes")
         if there != here:
             raise ValueError(
                 f"The checkpoint stores {name!r} as {there}, this transformation as "
                 f"{here}. Make the transformation with the checkpoint's codecs, bits "
-                "and min_size, or start from its params with a new state."
+                "and min_size; or restore with the transformation that saved it, and "
+                "convert with optax_flash.to_optax_state and from_optax_state."
+            )
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, such as ``"opt_state/0/mu/kernel"``, in order."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = _mirror.path_str(path)
+        if name in leaves:
+            raise ValueError(
+                f"Two leaves have the path {name!r}. Rename one; a '/' inside of a key "
+                "may be the cause."
+            )
+        leaves[name] = leaf
+    return leaves
+
+
+def describe_leaf(x: Any) -> str:
+    """An array's dtype and shape, such as ``"float32[64, 64]"``."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def check_leaves(found: dict[str, str], expected: dict[str, str], what: str) -> None:
+    """Raises a ValueError that names the first leaf in which two trees differ.
+
+    Args:
+      found: what there is, by path, see :func:`describe_leaf`.
+      expected: what there should be.
+      what: has what was found, and begins the message.
+    """
+    for path in [*expected, *found]:
+        there, here = found.get(path, "nothing"), expected.get(path, "nothing")
+        if there != here:
+            raise ValueError(
+                f"{what} has {there} at {path!r} where {here} is expected. It is of "
+                "another transformation, or of other params."
             )

@@ -223,9 +223,7 @@ def _in_codes(
     def is_ours(node: Any) -> bool:
         return isinstance(node, _records.Configured | CompressState)
 
-    with _records.configured():
-        # A new function each time: a cached trace would not run init again.
-        described = jax.eval_shape(lambda p: tx.init(p), params)
+    described = _records.describe(tx, params)
     nodes, structure = jax.tree.flatten(described, is_leaf=is_ours)
     try:
         parts = structure.flatten_up_to(state)

@@ -16,6 +16,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     "page, count",
     [
         ("adafactor.md", 5),
+        ("checkpoints.md", 8),
         ("kernels.md", 2),
         ("low_rank_adam.md", 1),
         ("numerics.md", 2),

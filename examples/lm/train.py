@@ -204,7 +204,7 @@ def train(
 
     folder, start, history = None, 0, []
     if config.out:
-        folder = RunFolder(config.out, resume=config.resume)
+        folder = RunFolder(config.out, state, resume=config.resume)
     if config.resume:
         start, history = folder.latest, folder.restore_log()
         state = folder.restore(state)

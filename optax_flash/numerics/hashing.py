@@ -97,6 +97,23 @@ def _turn(bits: jax.Array, places: int) -> jax.Array:
     return (bits << np.uint32(places)) | (bits >> np.uint32(32 - places))
 
 
+@jax.jit
+def digest(x: jax.Array) -> jax.Array:
+    """A number that depends on all bits of an array and on their places.
+
+    Args:
+      x: any shape; numbers of 1, 2 or 4 bytes.
+
+    Returns:
+      Scalar uint32, the same however the array is sharded. A change of one element
+      always changes it, any other goes unnoticed with a probability of 2**-32.
+    """
+    words = lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
+    words = jnp.atleast_1d(words)
+    place = bits(jnp.uint32(0), words.shape)
+    return jnp.sum(mix(words.astype(jnp.uint32) ^ place), dtype=jnp.uint32)
+
+
 def uniform(bits: jax.Array) -> jax.Array:
     """Uniform float32 in [0, 1), multiples of 2**-24, from uint32."""
     # Through int32: CPUs convert signed integers to floats in vectors.

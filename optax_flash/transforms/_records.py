@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 
 class Record(NamedTuple):
@@ -91,9 +92,15 @@ class Configured:
     """A transformation's state, and what it does not say about its storage.
 
     A pytree node that wrappers carry along, so it stands where the state would.
+
+    Attributes:
+      state: what init returns.
+      params: what init was given, by the wrappers: masked, for example.
+      config: of the transformation.
     """
 
     state: Any
+    params: Any
     config: Any = dataclasses.field(metadata={"static": True})
 
 
@@ -112,6 +119,13 @@ def configured() -> Iterator[None]:
         _configured.reset(token)
 
 
-def with_config(state: Any, config: Hashable) -> Any:
+def with_config(state: Any, params: Any, config: Hashable) -> Any:
     """The state of an init, configured where that is asked for."""
-    return Configured(state, config) if _configured.get() else state
+    return Configured(state, params, config) if _configured.get() else state
+
+
+def describe(tx: optax.GradientTransformation, params: Any) -> Any:
+    """What :func:`configured` inits make of params or their shapes: shapes."""
+    with configured():
+        # A new function each time: a cached trace would not run init again.
+        return jax.eval_shape(lambda p: tx.init(p), params)

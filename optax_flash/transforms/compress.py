@@ -108,13 +108,13 @@ def compress(
             return inner.init(jax.tree.map(_init.like_float32, params))
         if _records.active():
             _record(rules, inner, params)
-        return _records.with_config(init_arrays(params), rules)
+        return _records.with_config(init_arrays(params), params, rules)
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
         inner_state = _init.not_constant(inner_state)
-        return _encode_new(rules, inner_state, params)
+        return encode_state(rules, inner_state, params)
 
     def update(
         updates: optax.Updates,
@@ -152,6 +152,58 @@ def compress(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def encode_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
+    """A state at step 0 that stands for an inner state, rounded to nearest.
+
+    Args:
+      rules: of the transformation.
+      inner_state: the wrapped transformation's, in float32.
+      params: anything that has their paths and shapes.
+    """
+    parts, join = _mirror.split_state(inner_state, params)
+    fields = rules.fields(parts)
+    codecs = _codecs_at_init(rules, inner_state, params)
+    scales = {}
+    for field, column in zip(fields, codecs, strict=True):
+        entries, of_field = list(parts[field.part].entries), []
+        for i, codec in enumerate(column):
+            if codec is None:
+                of_field.append(_init.stub(entries[i], jnp.bfloat16))
+            else:
+                entries[i], scale = _encode_to_nearest(codec, entries[i])
+                of_field.append(scale)
+        parts[field.part] = parts[field.part].rebuild(entries)
+        scales[field.key] = jax.tree.structure(params).unflatten(of_field)
+    return CompressState(
+        step=jnp.zeros([], jnp.int32), inner_state=join(_trees(parts)), scales=scales
+    )
+
+
+def decode_state(rules: Rules, state: CompressState, params: PyTree) -> PyTree:
+    """The inner state that a state stands for, in float32.
+
+    Args:
+      rules: of the transformation that the state is of.
+      state: its codes.
+      params: anything that has their paths and shapes.
+
+    Raises:
+      ValueError: the state is not of these rules or params.
+    """
+    parts, join = _checked_parts(rules, state, params)
+    paths = _mirror.leaf_paths(params)
+    shapes = [p.shape for p in jax.tree.leaves(params)]
+    for field in rules.fields(parts):
+        entries = list(parts[field.part].entries)
+        scales = _mirror.entries(state.scales[field.key], params)
+        for i, row in enumerate(zip(paths, shapes, entries, scales, strict=True)):
+            stored = _stored(rules, field, *row)
+            if stored is not None:
+                entries[i] = _decode_array(*stored, entries[i], scales[i])
+        parts[field.part] = parts[field.part].rebuild(entries)
+    return join(_trees(parts))
 
 
 class InCodes(NamedTuple):
@@ -230,27 +282,6 @@ def _codecs_at_init(
         ]
         for field in rules.fields(parts)
     ]
-
-
-def _encode_new(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
-    """The first state: codes in the place of arrays, rounded to nearest."""
-    parts, join = _mirror.split_state(inner_state, params)
-    fields = rules.fields(parts)
-    codecs = _codecs_at_init(rules, inner_state, params)
-    scales = {}
-    for field, column in zip(fields, codecs, strict=True):
-        entries, of_field = list(parts[field.part].entries), []
-        for i, codec in enumerate(column):
-            if codec is None:
-                of_field.append(_init.stub(entries[i], jnp.bfloat16))
-            else:
-                entries[i], scale = _encode_to_nearest(codec, entries[i])
-                of_field.append(scale)
-        parts[field.part] = parts[field.part].rebuild(entries)
-        scales[field.key] = jax.tree.structure(params).unflatten(of_field)
-    return CompressState(
-        step=jnp.zeros([], jnp.int32), inner_state=join(_trees(parts)), scales=scales
-    )
 
 
 def _encode(
@@ -389,6 +420,13 @@ def _bundles(
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_to_nearest(codec: Codec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return codec.encode(x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode_array(
+    codec: Codec, shape: tuple[int, ...], codes: jax.Array, scales: jax.Array
+) -> jax.Array:
+    return codec.decode(codes, scales, shape)
 
 
 def _trees(parts: list[Any]) -> list[Any]:

@@ -444,10 +444,7 @@ def _digest(params: optax.Params) -> jax.Array:
     def digest(p: jax.Array) -> jax.Array:
         if isinstance(p, jax.ShapeDtypeStruct):
             return jnp.zeros([], jnp.uint32)
-        width = np.dtype(f"uint{8 * p.dtype.itemsize}")
-        p = jnp.atleast_1d(jax.lax.bitcast_convert_type(p, width))
-        place = hashing.bits(jnp.uint32(0), p.shape)
-        return jnp.sum(hashing.mix(p.astype(jnp.uint32) ^ place), dtype=jnp.uint32)
+        return hashing.digest(p)
 
     leaves = [digest(p) for p in jax.tree.leaves(params)]
     return jnp.stack(leaves) if leaves else jnp.zeros([0], jnp.uint32)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -225,67 +226,80 @@ def flat(params):
 
 # --- interruption
 
-RESUME = """
-import json, pathlib, sys
+DIES = """
+import json, os, signal, sys
 import train
 config = train.TrainConfig(**json.loads(sys.argv[1]))
 texts = {name: text.encode() for name, text in json.loads(sys.argv[2]).items()}
+left = 20
+def hook(event, args):
+    global left
+    if left and event.startswith(("open", "os.")):
+        left -= f"checkpoints/{config.steps}" in str(args)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
 train.train(config, texts)
 """
 
 
-def in_new_process(config: train.TrainConfig) -> None:
+def killed_in_its_last_save(config: train.TrainConfig) -> None:
+    """Trains in a process that dies while it writes the last checkpoint."""
     example = pathlib.Path(train.__file__).parent
     folders = [str(example), str(pathlib.Path(optax_flash.__file__).parents[1])]
     variables = {
         "PYTHONPATH": os.pathsep.join(folders),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable,
             "-c",
-            RESUME,
+            DIES,
             json.dumps(dataclasses.asdict(config)),
             json.dumps({name: text.decode() for name, text in TEXTS.items()}),
         ],
         env=os.environ | variables,
-        check=True,
     )
+    assert done.returncode == -signal.SIGKILL
 
 
 def saved(config: train.TrainConfig):
     """The newest train state in the run's folder."""
-    folder = RunFolder(config.out, resume=True)
-    return folder.restore(train.init_state(config))
+    state = train.init_state(config)
+    return RunFolder(config.out, state, resume=True).restore(state)
 
 
-def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
+def test_killed_and_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     config = dataclasses.replace(config, steps=6, warmup=2, eval_every=2, save_every=3)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     expected, history, _ = train.train(whole, TEXTS)
 
-    halves = dataclasses.replace(config, out=str(tmp_path / "halves"))
-    train.train(dataclasses.replace(halves, stop_at=3), TEXTS)
-    in_new_process(dataclasses.replace(halves, resume=True))
+    killed = dataclasses.replace(config, out=str(tmp_path / "killed"))
+    killed_in_its_last_save(killed)
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {"3", "6.orbax-checkpoint-tmp"}
+    train.train(dataclasses.replace(killed, resume=True), TEXTS)
 
-    state = saved(halves)
+    state = saved(killed)
     assert int(state.step) == 6
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
     for leaf, other in leaves:
         assert leaf.dtype == other.dtype
         assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
-    metrics = (tmp_path / "halves" / "metrics.jsonl").read_text()
+    metrics = (tmp_path / "killed" / "metrics.jsonl").read_text()
     assert [json.loads(line) for line in metrics.splitlines()] == history
 
 
 def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
-    folder = RunFolder(tmp_path)
     state = train.init_state(config)
+    folder = RunFolder(tmp_path, state)
     folder.log([{"step": 1, "loss": 3.0}])
     folder.save(1, state)
-    folder.log([{"step": 2, "loss": 2.0}])  # then the process dies
-    resumed = RunFolder(tmp_path, resume=True)
+    folder.log([{"step": 2, "loss": 2.0}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # and in the middle of the next the process dies
+    resumed = RunFolder(tmp_path, state, resume=True)
     assert resumed.restore_log() == [{"step": 1, "loss": 3.0}]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
@@ -309,11 +323,12 @@ def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
 
 
 def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
-    RunFolder(tmp_path).save(1, train.init_state(config))
+    state = train.init_state(config)
+    RunFolder(tmp_path, state).save(1, state)
     with pytest.raises(FileExistsError, match="--resume"):
-        RunFolder(tmp_path)
+        RunFolder(tmp_path, state)
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
-        RunFolder(tmp_path / "other", resume=True)
+        RunFolder(tmp_path / "other", state, resume=True)
 
 
 # --- command line and demo

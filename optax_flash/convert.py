@@ -1,0 +1,181 @@
+"""Conversion of running states: from plain optax into codes, and back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flash import formats
+from optax_flash.transforms import _init, _records
+from optax_flash.transforms.compress import CompressState, decode_state, encode_state
+from optax_flash.transforms.master_weights import (
+    MasterWeightsState,
+    cast_params,
+    master_params,
+    set_master_params,
+)
+
+PyTree = Any
+
+
+def to_optax_state(
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+) -> tuple[optax.Params, optax.OptState]:
+    """Float32 weights and the state of plain optax, to go on without this library.
+
+    The state is that of the same transformation with :func:`compress` and
+    :func:`master_weights` taken away: for ``master_weights(chain(clip, adamw8(...)))``
+    that of ``chain(clip, optax.adamw(...))``.
+
+    Args:
+      tx: the transformation that the state is of.
+      state: its state. # arrays, sharded as they may be
+      params: as ``tx.update`` takes them.
+
+    Returns:
+      ``(weights, optax_state)``, in float32: exactly what codes and residuals stand
+      for.
+
+    Raises:
+      ValueError: the state is not of ``tx`` and ``params``; the message names the leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> tx = optax_flash.master_weights(optax_flash.adamw8(1e-3))
+      >>> params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+      >>> weights, state = optax_flash.to_optax_state(tx, tx.init(params), params)
+      >>> updates, state = optax.adamw(1e-3).update(weights, state, weights)
+      >>> optax.tree.get(state, "mu")["w"].dtype
+      dtype('float32')
+    """
+    described = _described(tx, params)
+    _check_state(jax.eval_shape(lambda p: tx.init(p), params), state, "The state")
+    if _has_master_weights(state):
+        params = master_params(params, state)
+    return jax.tree.map(_init.like_float32, params), _decode(described, state)
+
+
+def from_optax_state(
+    tx: optax.GradientTransformation,
+    optax_state: optax.OptState,
+    weights: optax.Params,
+    like: optax.Params | None = None,
+) -> tuple[optax.Params, optax.OptState]:
+    """Params and the state in codes, to go on with a run of plain optax.
+
+    The inverse of :func:`to_optax_state`, but that codes and residuals are rounded to
+    nearest. (So are moments that were in codes before, where their group's scale moves.
+    Weights that came from params and residuals stay what they were.)
+
+    Args:
+      tx: the transformation to go on with; without :func:`compress` and
+        :func:`master_weights` it must be the one that made the state.
+      optax_state: the state of plain optax.
+      weights: its params. # float32
+      like: params in the dtypes to keep them in, such as ``TrainState.params`` or what
+        :func:`cast_params` returns; values do not matter. None: as they are. Half
+        precision without :func:`master_weights` in ``tx`` loses the lower bits.
+
+    Returns:
+      ``(params, state)``.
+
+    Raises:
+      ValueError: the state is not what ``tx`` would have in plain optax; the message
+        names the first leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> weights = {"w": jnp.full((64, 64), 1.001)}
+      >>> state = optax.adamw(1e-3).init(weights)  # and many steps later
+      >>> tx = optax_flash.master_weights(optax_flash.adamw8(1e-3))
+      >>> params, state = optax_flash.from_optax_state(
+      ...     tx, state, weights, like=optax_flash.cast_params(weights, jnp.bfloat16)
+      ... )
+      >>> params["w"].dtype, optax.tree.get(state, "mu")["w"].dtype
+      (dtype(bfloat16), dtype('uint8'))
+    """
+    params = weights
+    if like is not None:
+        params = jax.tree.map(lambda w, p: cast_params(w, p.dtype), weights, like)
+    described = _described(tx, params)
+    with _records.uncompressed():
+        plain = jax.eval_shape(lambda p: tx.init(p), params)
+    _check_state(plain, optax_state, "The optax state")
+    optax_state = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), optax_state, plain)
+    state = _encode(described, tx.init(params), optax_state)
+    if _has_master_weights(state):
+        state = set_master_params(state, params, weights)
+    return params, state
+
+
+def _described(tx: optax.GradientTransformation, params: optax.Params) -> PyTree:
+    """The state's shapes, with their codecs where it is in codes."""
+
+    def is_opaque(node: Any) -> bool:
+        return isinstance(node, _records.Configured | CompressState)
+
+    described = _records.describe(tx, params)
+    nodes = jax.tree.leaves(described, is_leaf=is_opaque)
+    if any(isinstance(node, CompressState) for node in nodes):
+        raise ValueError(
+            "tx.init was traced before, inside of jax.jit, and so does not say which "
+            "codecs it uses. Make tx of the init without jit."
+        )
+    return described
+
+
+def _decode(described: PyTree, state: PyTree) -> PyTree:
+    """A state without our nodes; ``described`` is of :func:`_records.describe`."""
+    nodes, structure = jax.tree.flatten(described, is_leaf=_is_ours)
+    parts = structure.flatten_up_to(state)
+    for i, node in enumerate(nodes):
+        if isinstance(node, MasterWeightsState):
+            parts[i] = _decode(node.inner_state, parts[i].inner_state)
+        elif isinstance(node, _records.Configured):
+            inner = decode_state(node.config, parts[i], node.params)
+            parts[i] = _decode(node.state.inner_state, inner)
+    return structure.unflatten(parts)
+
+
+def _encode(described: PyTree, new: PyTree, plain: PyTree) -> PyTree:
+    """The inverse, with our nodes' own fields from a new state."""
+    nodes, structure = jax.tree.flatten(described, is_leaf=_is_ours)
+    parts = structure.flatten_up_to(plain)
+    for i, (node, own) in enumerate(
+        zip(nodes, structure.flatten_up_to(new), strict=True)
+    ):
+        if isinstance(node, MasterWeightsState):
+            inner = _encode(node.inner_state, own.inner_state, parts[i])
+            parts[i] = own._replace(inner_state=inner)
+        elif isinstance(node, _records.Configured):
+            inner = _encode(node.state.inner_state, own.inner_state, parts[i])
+            parts[i] = encode_state(node.config, inner, node.params)
+    return structure.unflatten(parts)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, MasterWeightsState | _records.Configured)
+
+
+def _has_master_weights(state: PyTree) -> bool:
+    def is_master(node: Any) -> bool:
+        return isinstance(node, MasterWeightsState)
+
+    return any(map(is_master, jax.tree.leaves(state, is_leaf=is_master)))
+
+
+def _check_state(expected: PyTree, found: PyTree, what: str) -> None:
+    """Raises where a state has other leaves, shapes or nodes than it should."""
+    formats.check_leaves(_shapes(found), _shapes(expected), what)
+    if jax.tree.structure(found) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{what} is {jax.tree.structure(found)}, not "
+            f"{jax.tree.structure(expected)}. It has the right leaves in other nodes, "
+            "as after reading a file: put them into the state of a new init."
+        )
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    leaves = formats.named_leaves(tree)
+    return {path: f"an array {list(jnp.shape(x))}" for path, x in leaves.items()}
