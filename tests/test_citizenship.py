@@ -92,13 +92,17 @@ def make_inner_fixture(request):
     return INNER[request.param]
 
 
-@pytest.fixture(params=DTYPES, name="dtype")
+@pytest.fixture(params=["float32", "bfloat16"], name="dtype")
 def dtype_fixture(request):
     return request.param
 
 
 class TestContract:
     """Rows that hold for one transformation by itself."""
+
+    @pytest.fixture(params=DTYPES)
+    def dtype(self, request):
+        return request.param
 
     def test_preserves_dtypes_shapes_and_state(self, make, dtype):
         tx, params = make(), make_params(dtype)
@@ -447,6 +451,10 @@ class TestCheckpoint:
 
 class TestConvergence:
     """optax's own test functions: the parabola and Rosenbrock's valley."""
+
+    @pytest.fixture(params=DTYPES)
+    def dtype(self, request):
+        return request.param
 
     @pytest.mark.parametrize("target", ["parabola", "rosenbrock"])
     @pytest.mark.parametrize(
