@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 from optax_flash import compress, master_weights
-from optax_flash.numerics import hashing
-from optax_flash.transforms import _init
+from optax_flash.numerics import hashing, meshes
+from optax_flash.transforms import _shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -441,5 +441,5 @@ class TestSharding:
 )
 def test_specs(spec, shape, state_shape, field, expected):
     mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tp"))
-    sharding = NamedSharding(mesh, spec)
-    assert _init._fit(sharding, field, shape, state_shape).spec == expected
+    entries = _shardings.along(field, spec, shape, state_shape)
+    assert meshes.fitted(mesh, entries, state_shape) == expected

@@ -125,7 +125,8 @@ def test_temporaries(name, batch, length, remat, release, loss_chunks, grads, fl
 
     assert peak() <= peak(batch=batch + 1)
     assert peak() <= peak(length=length + 1)
-    assert peak(loss_chunks=loss_chunks + 1) <= peak()
+    # Two pieces may take more than one: the head's gradient is then beside the logits.
+    assert peak(loss_chunks=loss_chunks + 2) <= peak(loss_chunks=loss_chunks + 1)
     assert peak(remat=True) <= peak(remat=False)
     assert peak(release=True) <= peak(release=False)
 
