@@ -121,19 +121,17 @@ def _lowering(platform: str) -> Callable[..., Any]:
         explicit = partition.explicit_mesh(ctx.avals_in)
         if platform == "tpu" and not explicit and not _is_local(context):
             # XLA's partitioner for TPUs takes no custom partitioning.
-            if implementation:
+            if implementation not in (None, "xla"):
                 raise ValueError(
                     f"implementation={implementation!r} on several TPUs needs a mesh "
                     "of explicit axes (jax.sharding.AxisType.Explicit) or jax.shard_map"
                     " around the update. implementation=None runs it in XLA."
                 )
-            names = {"xla"}
-        if names & {"xla"} and sliced:
-            names = {"plain"}
-        if names & {"xla"}:
+            function = _in_xla(programs, sliced=sliced)
+        elif "xla" in names and not sliced:
             function = _in_xla(programs)
         else:
-            (name,) = names
+            name = "plain" if "xla" in names else names.pop()
             kernel = _kernel(name, platform)
             if platform not in NEEDS.get(name, {platform: ""}):
                 raise ValueError(
@@ -143,7 +141,8 @@ def _lowering(platform: str) -> Callable[..., Any]:
                     "implementation=None takes what there is; 'interpret' runs the "
                     "Pallas kernel anywhere, slowly, for tests."
                 )
-            if name == "pallas":
+            if platform == "tpu" and implementation:
+                # When it was traced the platform was not known.
                 for program in programs:
                     if reason := misfit(program, name, platform):
                         raise ValueError(

@@ -197,7 +197,9 @@ def test_one_by_name_that_does_not_fit_raises():
 def test_several_devices_need_explicit_axes():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("fsdp"))
-    assert "tpu_custom_call" not in lowered(optax_flash.adamw8(1e-3), sharding=sharding)
+    for implementation in (None, "xla"):
+        tx = optax_flash.adamw8(1e-3, implementation=implementation)
+        assert "tpu_custom_call" not in lowered(tx, sharding=sharding)
     tx = optax_flash.adamw8(1e-3, implementation="pallas")
     with pytest.raises(ValueError, match="a mesh of explicit axes"):
         lowered(tx, sharding=sharding)
