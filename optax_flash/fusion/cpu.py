@@ -24,8 +24,8 @@ from optax_flash.fusion.ops import Encode, Tile, op_p
 from optax_flash.fusion.plan import tile_operands
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
-from optax_flash.fusion.tiles import Layout, Place, Shard
-from optax_flash.numerics import groups, hashing
+from optax_flash.fusion.tiles import Layout, Place, Shard, from_tile, to_tile
+from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 
 
@@ -69,7 +69,7 @@ def _update(shard: Shard) -> list[jax.Array]:
     ]
     results = run([jnp.asarray(x, jnp.int32) for x in offsets or ()], operands)
     return [
-        _from_tiles(layout, role, x, like.shape)
+        _from_tiles(role, x, like.shape)
         for role, x, like in zip(
             program.outputs, results, shard.result_shapes(), strict=True
         )
@@ -291,28 +291,15 @@ def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:
-    if role.kind == "scalar":
-        return jnp.asarray(x)
-    if role.codec and role.kind == "scales":
-        per_unit = layout.lanes // role.codec.group
-        x = groups.split(x, per_unit * role.codec.scales_per_group)
-        x = x.reshape(-1, role.codec.scales_per_group)
-        return tuple(x[:, i] for i in range(role.codec.scales_per_group))
+    x = to_tile(layout, role, x)
     packed = _packed(role)
-    lanes = layout.lanes // (packed.codes_per_byte if packed else 1)
-    x = groups.split(x, lanes).reshape(-1, lanes)
     return _uninlined(packed.unpack)(x) if packed else x
 
 
-def _from_tiles(
-    layout: Layout, role: Role, x: Any, shape: tuple[int, ...]
-) -> jax.Array:
-    if role.codec and role.kind == "scales":
-        x = jnp.stack(x, axis=-1)
-    elif packed := _packed(role):
+def _from_tiles(role: Role, x: Any, shape: tuple[int, ...]) -> jax.Array:
+    if packed := _packed(role):
         x = _uninlined(packed.pack)(x)
-    x = x.reshape(*shape[:-1], -1)
-    return x if x.shape == shape else x[..., : shape[-1]]
+    return from_tile(role, x, shape)
 
 
 def _packed(role: Role) -> Codec | None:

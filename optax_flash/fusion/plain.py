@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from optax_flash.fusion.ops import Tile
 from optax_flash.fusion.program import Role, evaluate
-from optax_flash.fusion.tiles import Layout, Shard
-from optax_flash.numerics import groups
+from optax_flash.fusion.tiles import Layout, Shard, from_tile, to_tile
 
 
 def update(shards: list[Shard]) -> list[list[jax.Array]]:
@@ -27,7 +26,7 @@ def _update(shard: Shard) -> list[jax.Array]:
     index = layout.places(shard.place, 0, layout.units)
     mask = layout.elements(0, layout.units).mask
     operands = [
-        _to_tile(layout, role, x)
+        to_tile(layout, role, x)
         for role, x in zip(program.inputs, shard.operands, strict=True)
     ]
     tile = Tile((layout.units, lanes), index, mask)
@@ -40,22 +39,7 @@ def _update(shard: Shard) -> list[jax.Array]:
     ]
 
 
-def _to_tile(layout: Layout, role: Role, x: Any) -> Any:
-    if role.kind == "scalar":
-        return jnp.asarray(x)
-    lanes = layout.lanes
-    if role.codec and role.kind == "scales":
-        planes = role.codec.scales_per_group
-        x = groups.split(x, lanes // role.codec.group * planes).reshape(-1, planes)
-        return tuple(x[:, i] for i in range(planes))
-    lanes //= role.codec.codes_per_byte if role.codec else 1
-    return groups.split(x, lanes).reshape(-1, lanes)
-
-
 def _from_tile(tile: Tile, role: Role, x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    if role.codec and role.kind == "scales":
-        x = jnp.stack(x, axis=-1)
-    elif not role.codec:
+    if not role.codec:
         x = jnp.broadcast_to(x, tile.shape).astype(like.dtype)
-    x = x.reshape(*like.shape[:-1], -1)
-    return x[..., : like.shape[-1]]
+    return from_tile(role, x, like.shape)

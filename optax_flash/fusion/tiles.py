@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_flash.fusion.program import Program
+from optax_flash.fusion.program import Program, Role
 from optax_flash.numerics import groups
 from optax_flash.numerics.codecs import Codec
 
@@ -161,3 +161,24 @@ class Layout:
 
     def _mask(self, count: int, unit: Any) -> Any:
         return None if self.units % count == 0 else unit < self.units
+
+
+def to_tile(layout: Layout, role: Role, x: Any) -> Any:
+    """An operand as one tile, the whole shard; codes as stored, scales as planes."""
+    if role.kind == "scalar":
+        return jnp.asarray(x)
+    lanes = layout.lanes
+    if role.codec and role.kind == "scales":
+        planes = role.codec.scales_per_group
+        x = groups.split(x, lanes // role.codec.group * planes).reshape(-1, planes)
+        return tuple(x[:, i] for i in range(planes))
+    lanes //= role.codec.codes_per_byte if role.codec else 1
+    return groups.split(x, lanes).reshape(-1, lanes)
+
+
+def from_tile(role: Role, x: Any, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of :func:`to_tile`, for a result of ``shape``."""
+    if role.codec and role.kind == "scales":
+        x = jnp.stack(x, axis=-1)
+    x = x.reshape(*shape[:-1], -1)
+    return x if x.shape == shape else x[..., : shape[-1]]
