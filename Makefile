@@ -11,7 +11,7 @@ TPU_BIN := .venv-tpu/bin
 	clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
-	$(BIN)/python examples/lm/demo.py --out runs/demo
+	$(BIN)/python -m examples.lm.demo --out runs/demo
 
 test: .venv/dev ## all tests, doctests among them
 	$(BIN)/python -m pytest -n 2

@@ -9,17 +9,17 @@ import signal
 import subprocess
 import sys
 
-import data
-import demo
 import jax
 import numpy as np
-import optimizers
 import pytest
-import train
-from checkpoint import RunFolder
 from rich.console import Console
 
 import optax_flash
+from examples.common import states
+from examples.common.config import parse
+from examples.common.memory import live_bytes
+from examples.common.run_folder import RunFolder
+from examples.lm import data, demo, train
 
 SEQ_LEN = 32
 
@@ -42,7 +42,7 @@ def data_dir_fixture(tmp_path_factory):
 
 @pytest.fixture(name="config")
 def config_fixture(data_dir):
-    return train.TrainConfig(
+    return train.Config(
         depth=1,
         width=64,
         heads=2,
@@ -150,7 +150,16 @@ def test_learns_more_than_byte_frequencies(config, options):
     assert losses[-1] < -0.6 * np.sum(frequencies * np.log(frequencies))
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adamw", "adam", "nadamw", "lion", "sgd", "rmsprop", "adafactor"),
+        *("adamw8", "adam8", "lion8", "sgd8", "adamw4", "adam4", "lion4", "sgd4"),
+        *("factored_adamw", "factored_adamw@companded8", "factored_adamw@companded4"),
+        *("muon", "adamw@flashoptim", "lowrank_adamw(rank=4)"),
+        *("lora_pre_adamw(rank=4)", "tamed_adamw8(threshold=1.0,relative=True)"),
+    ],
+)
 def test_every_optimizer_takes_steps(config, sources, name):
     # Each on the weights it is meant for; ours would take float32 just as well.
     param_dtype = "bfloat16" if name.endswith("8") else "float32"
@@ -159,12 +168,18 @@ def test_every_optimizer_takes_steps(config, sources, name):
     )
     batches = data.batches(sources["train"], config.batch_size, config.seed)
     state, losses = train.init_state(config), []
-    before = jax.tree.map(np.array, train.weights(state))  # copied: steps donate it
+    before = jax.tree.map(
+        np.array, states.full_weights(state)
+    )  # copied: steps donate it
     for k in range(3):
-        state, loss = train.train_step(state, batches[k])
-        losses.append(float(loss))  # the last is that of the weights after two steps
+        state, metrics = train.train_step(state, batches[k])
+        losses.append(
+            float(metrics["loss"])
+        )  # the last is that of the weights after two steps
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    moved = jax.tree.map(lambda p, q: (p != q).any(), train.weights(state), before)
+    moved = jax.tree.map(
+        lambda p, q: (p != q).any(), states.full_weights(state), before
+    )
     assert all(map(bool, jax.tree.leaves(moved)))
 
 
@@ -182,7 +197,7 @@ def test_weights_are_stored_as_asked(config, options, dtype, residual):
     assert state.params["embed"]["embedding"].dtype == dtype
     assert state.params["RMSNorm_0"]["scale"].dtype == "float32"
     params = sum(p.size for p in jax.tree.leaves(state.params))
-    held = train.live_bytes(state)["residual"] / params
+    held = live_bytes(state)["residual"] / params
     assert held == pytest.approx(residual, rel=0.01)
 
 
@@ -228,8 +243,8 @@ def flat(params):
 
 DIES = """
 import json, os, signal, sys
-import train
-config = train.TrainConfig(**json.loads(sys.argv[1]))
+from examples.lm import train
+config = train.Config(**json.loads(sys.argv[1]))
 texts = {name: text.encode() for name, text in json.loads(sys.argv[2]).items()}
 left = 20
 def hook(event, args):
@@ -243,12 +258,10 @@ train.train(config, texts)
 """
 
 
-def killed_in_its_last_save(config: train.TrainConfig) -> None:
+def killed_in_its_last_save(config: train.Config) -> None:
     """Trains in a process that dies while it writes the last checkpoint."""
-    example = pathlib.Path(train.__file__).parent
-    folders = [str(example), str(pathlib.Path(optax_flash.__file__).parents[1])]
     variables = {
-        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONPATH": str(pathlib.Path(optax_flash.__file__).parents[1]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
@@ -264,7 +277,7 @@ def killed_in_its_last_save(config: train.TrainConfig) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
-def saved(config: train.TrainConfig):
+def saved(config: train.Config):
     """The newest train state in the run's folder."""
     state = train.init_state(config)
     return RunFolder(config.out, state, resume=True).restore(state)
@@ -304,7 +317,7 @@ def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 
-def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
+def test_checkpoint_of_other_codecs_is_refused(config, tmp_path):
     config = dataclasses.replace(config, steps=2, warmup=0, stop_at=1)
     config = dataclasses.replace(config, out=str(tmp_path))
     train.train(config, TEXTS)
@@ -314,10 +327,7 @@ def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
             train.train(dataclasses.replace(config, **other), TEXTS)
 
     # The hard case: codes of the same shapes and dtypes, with another meaning.
-    def flashoptim(learning_rate, weight_decay):
-        return optax_flash.adamw8(learning_rate, codecs="flashoptim")
-
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8", (flashoptim, 1e-3))
+    config = dataclasses.replace(config, optimizer="adamw8(codecs='flashoptim')")
     with pytest.raises(ValueError, match="Companded8.*FlashOptim8"):
         train.train(config, TEXTS)
 
@@ -334,14 +344,18 @@ def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
 # --- command line and demo
 
 
+def command_line(line: str) -> train.Config:
+    return parse(train.Config, None, line.split())
+
+
 def test_command_line():
-    assert train.parse([]) == train.TrainConfig()
-    parsed = train.parse("--master-bits none --learning-rate 1e-4 --steps 7".split())
-    assert parsed == train.TrainConfig(master_bits=None, learning_rate=1e-4, steps=7)
-    assert train.parse("--out runs --resume".split()).resume
+    assert command_line("") == train.Config()
+    parsed = command_line("--master-bits none --learning-rate 1e-4 --steps 7")
+    assert parsed == train.Config(master_bits=None, learning_rate=1e-4, steps=7)
+    assert command_line("--out runs --resume").resume
     for wrong in ("--resume", "--master-bits 16", "--optimizer adamw9"):
         with pytest.raises(SystemExit):
-            train.parse(wrong.split())
+            command_line(wrong)
 
 
 def test_demo_compares_two_runs(config, tmp_path):
