@@ -14,10 +14,10 @@ demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw
 	$(BIN)/python -m examples.lm.demo --out runs/demo
 
 test: .venv/dev ## all tests, doctests among them
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion tests/plan
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal -m cuda tests/fusion tests/plan
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
