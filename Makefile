@@ -8,7 +8,7 @@ TPU_BIN := .venv-tpu/bin
 
 .PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
 	release-memory llama-memory tpu-report codec-lab quality lion budget fashion-mnist \
-	clean
+	docs clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python examples/lm/demo.py --out runs/demo
@@ -23,6 +23,9 @@ lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: .venv/docs ## the pages of docs/, the API among them, as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 optimizer-table: .venv/examples ## docs/optimizers.md, from a run of every optimizer
 	$(BIN)/python benchmarks/optimizer_table.py
@@ -65,7 +68,7 @@ lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and
 fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 
 clean:
-	rm -rf .venv .venv-cuda .venv-tpu runs data
+	rm -rf .venv .venv-cuda .venv-tpu runs data site
 
 data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
@@ -81,6 +84,11 @@ data/fashion-mnist:
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv/docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 .venv-cuda/done: pyproject.toml
