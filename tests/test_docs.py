@@ -64,7 +64,8 @@ def given(page):
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_python_runs(page, capsys):
+def test_python_runs(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     names = given(page)
     printed = None
     for language, text, line in blocks(page):
@@ -107,9 +108,7 @@ def test_commands_exist(page):
 def commands(page):
     """Lines of bash blocks and indented blocks, and code within sentences."""
     text = PAGES[page].replace("\\\n", " ")
-    bash = "\n".join(
-        match[2] for match in FENCE.finditer(text) if match[1] in ("bash", "console")
-    )
+    bash = "\n".join(match[2] for match in FENCE.finditer(text) if match[1] == "bash")
     text = FENCE.sub("", text)
     lines = bash.splitlines() + re.findall(r"^    (\S.*)$", text, re.M)
     lines += re.findall(r"`([^`\n]+)`", text)
