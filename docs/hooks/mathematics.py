@@ -4,6 +4,7 @@ import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 # What pymdownx.arithmatex makes of $...$ and of $$...$$.
 FORMULA = re.compile(
@@ -12,13 +13,19 @@ FORMULA = re.compile(
 
 
 def on_page_content(content, page, config, files):
-    return FORMULA.sub(_mathml, content)
+    def mathml(formula):
+        try:
+            return _mathml(html.unescape(formula[2]).strip(), formula[1] == "div")
+        except ValueError as error:
+            raise PluginError(f"{page.file.src_uri}: {error}") from error
+
+    return FORMULA.sub(mathml, content)
 
 
-def _mathml(formula):
-    latex = html.unescape(formula[2]).strip()
-    if formula[1] == "span":
-        return convert(latex)
+def _mathml(latex, display):
     if r"\\" in latex and r"\begin" not in latex:
         latex = rf"\begin{{split}}{latex}\end{{split}}"
-    return f'<div class="formula">{convert(latex, display="block")}</div>'
+    mathml = convert(latex, display="block" if display else "inline")
+    if "\\" in mathml:
+        raise ValueError(f"latex2mathml does not know all of {latex}")
+    return f'<div class="formula">{mathml}</div>' if display else mathml

@@ -17,6 +17,7 @@ OUTSIDE = (
     "CONTRIBUTING.md",
     "examples/**/*.md",
     "benchmarks/results/**/*.*",
+    "benchmarks/study/studies/*.toml",
 )
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
@@ -36,8 +37,9 @@ def on_page_markdown(markdown, page, config, files):
 
     def in_site(link):
         target = posixpath.normpath(posixpath.join(place, link[1]))
-        if (ROOT / target / "README.md").exists():
-            target += "/README.md"
+        for page_of_folder in ("README.md", "index.html"):
+            if (ROOT / target / page_of_folder).exists():
+                target += f"/{page_of_folder}"
         target = target.removeprefix("docs/")
         return posixpath.relpath(target, posixpath.dirname(name) or ".")
 
