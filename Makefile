@@ -6,10 +6,9 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
 
-.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report gpu-train \
-	release-memory llama-memory tpu-report codec-lab quality lion budget trading \
-	fashion-mnist kernel-docs \
-	clean
+.PHONY: demo test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
+	gpu-train release-memory llama-memory tpu-report codec-lab quality lion budget \
+	trading fashion-mnist kernel-docs clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python -m examples.lm.demo --out runs/demo
@@ -18,12 +17,16 @@ test: .venv/dev ## all tests, doctests among them
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal -m cuda tests/fusion tests/plan
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal \
+		-m cuda tests/fusion tests/plan
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: .venv/docs ## the pages of docs/, the API among them, as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 optimizer-table: .venv/examples ## docs/optimizers.md, from a run of every optimizer
 	$(BIN)/python benchmarks/optimizer_table.py
@@ -75,7 +78,7 @@ fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 kernel-docs: data/kernel-docs ## Linux's documentation, from Debian's package of it
 
 clean:
-	rm -rf .venv .venv-cuda .venv-tpu runs data
+	rm -rf .venv .venv-cuda .venv-tpu runs data site
 
 data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
@@ -99,6 +102,11 @@ data/kernel-docs:
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv/docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 .venv-cuda/done: pyproject.toml
