@@ -1,13 +1,14 @@
 """Runs one optimizer as Pallas kernels, interpreted, and in XLA: are both the same?
 
-    XLA_FLAGS=--xla_cpu_max_isa=AVX python equality.py adamw lion
+    XLA_FLAGS=--xla_cpu_max_isa=AVX python tests/fusion/equality.py adamw lion
+    XLA_FLAGS=--xla_cpu_max_isa=AVX python tests/fusion/equality.py --all
 
 Without fused multiply-add, which XLA puts in different places of different programs,
 every bit must agree. A process of its own, as the instruction set is chosen at start.
 
 An optimizer's arithmetic, the weights' storage and the codec are separate operations of
 a program, so all pairs of them are run: adamw with every storage and every codec, the
-others with each storage and each codec once.
+others with each storage and each codec once. With --all every optimizer is run with all.
 """
 
 import itertools
@@ -109,9 +110,10 @@ def differences(optimizer, dtype, bits, codec, finished, steps=3):
 
 
 def main():
-    failed = False
-    for optimizer in sys.argv[1:]:
-        for storage, codec in ALL if optimizer == "adamw" else EACH_ONCE:
+    failed, everything = False, sys.argv[1:] == ["--all"]
+    for optimizer in OPTIMIZERS if everything else sys.argv[1:]:
+        whole = everything or optimizer == "adamw"
+        for storage, codec in ALL if whole else EACH_ONCE:
             dtype, bits = STORAGE[storage]
             # Additive updates, and finished params where there is a residual.
             finished = dtype == jnp.bfloat16 and codec == "companded8"
