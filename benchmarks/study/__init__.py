@@ -1,0 +1,1 @@
+"""Studies: conditions x seeds x models against criteria that were written before."""
