@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.study.definition import DefinitionError, Run, Study, read
 from benchmarks.study.results import Results, ResultsError, count
-from benchmarks.study.runner import ROOT, NotWritten, Runner, going_on
+from benchmarks.study.runner import ROOT, Runner, going_on
 
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 

@@ -33,6 +33,7 @@ METRICS = (
     "units_per_second",
     "train_loss",
     "val_loss",
+    "bytes_per_parameter",
     "gradient_norm",
     "nonfinite",
     "diverged",
@@ -62,7 +63,7 @@ KEYS = {
         "criteria",
     ),
     "preset": ("seeds", "workers"),
-    "model": ("trainer", "title", "config"),
+    "model": ("trainer", "title", "presets", "config"),
     "condition": ("title", "models", "config", "by_model", "reference"),
     "criterion": (
         "name",
@@ -112,7 +113,7 @@ class Study:
     """A study under one of its presets.
 
     Attributes:
-      content: the parsed TOML.
+      content: the parsed TOML, without the models of other presets.
       preset: the name of the preset.
       workers: how many runs go at once.
       runs: the whole matrix, in the order in which it is worked off.
@@ -155,6 +156,8 @@ def read(path: pathlib.Path, preset: str) -> Study:
         raise DefinitionError(f"{path} is not TOML: {error}") from None
     problems: list[str] = []
     _check_study(content, path, preset, problems)
+    if not problems:
+        content = _of_preset(content, preset)
     runs = [] if problems else _matrix(content, preset, problems)
     if problems:
         raise DefinitionError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -165,6 +168,36 @@ def read(path: pathlib.Path, preset: str) -> Study:
 def trainer_module(name: str) -> str:
     """The module of a trainer: one of examples/, or any other by its dotted name."""
     return name if "." in name else f"examples.{name}.train"
+
+
+def _of_preset(content: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """The study without models of other presets, and without what is only theirs."""
+    models = {
+        name: model
+        for name, model in content["models"].items()
+        if preset in model.get("presets", [preset])
+    }
+
+    def without(entry: Mapping[str, Any]) -> dict[str, Any]:
+        entry = dict(entry)
+        if "models" in entry:
+            entry["models"] = [name for name in entry["models"] if name in models]
+        return entry
+
+    conditions = {
+        name: without(condition) for name, condition in content["conditions"].items()
+    }
+    criteria = [without(criterion) for criterion in content["criteria"]]
+    return {
+        **content,
+        "models": models,
+        "conditions": {
+            name: condition
+            for name, condition in conditions.items()
+            if condition.get("models", [...])
+        },
+        "criteria": [x for x in criteria if x.get("models", [...])],
+    }
 
 
 def _matrix(content: Mapping[str, Any], preset: str, problems: list[str]) -> list[Run]:
@@ -311,6 +344,7 @@ def _check_model(
     for key in ("config", *presets):
         if not isinstance(entry.get(key, {}), dict):
             problems.append(f"{where}: {key} is {entry[key]!r}, not a table of options")
+    _check_names(entry, "presets", presets, "preset", where, problems)
     trainer = entry.get("trainer")
     if not isinstance(trainer, str):
         problems.append(f"{where}: trainer is missing: {_some(TRAINERS)}")

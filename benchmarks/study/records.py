@@ -19,6 +19,8 @@ def record(
     summary = dict(summary)
     steps = summary.get("steps")
     summary["step_seconds"] = summary["seconds"] / steps if steps else None
+    live = summary["peak_bytes"]["live"]
+    summary["bytes_per_parameter"] = live / summary["parameters"]
     if broken := [row["step"] for row in history if _broken(row)]:
         status = "diverged"
         reason = f"loss or gradient norm is not finite at step {broken[0]}"

@@ -127,6 +127,18 @@ def test_later_tables_win(file):
     assert steps["a/float32/0"] == 6
 
 
+def test_models_of_other_presets_are_not_there(file):
+    path = file(
+        ("workers = 2", "workers = 2\n\n[presets.gpu]\nseeds = [0]"),
+        ("small = { steps = 4 }", 'presets = ["gpu"]'),
+        ("at_most = -0.2", 'at_most = -0.2\nmodels = ["b"]'),
+    )
+    small, gpu = read(path, "small"), read(path, "gpu")
+    assert {run.model for run in small.runs} == set(small.content["models"]) == {"a"}
+    assert [run.name for run in gpu.runs if run.model == "b"] == ["b/float32/0"]
+    assert len(small.content["criteria"]) == 1 and len(gpu.content["criteria"]) == 2
+
+
 MISTAKES = {
     "not_toml": ('title = "A', 'title = A"', "tiny.toml is not TOML: .*line 3"),
     "key": ("question", "qestion", "'qestion' is not known; did you mean question"),
@@ -247,6 +259,7 @@ def test_a_run(tmp_path):
     entry, events = entry_of(job(tmp_path, "well"))
     assert entry["status"] == "done" and entry["reason"] is None
     assert entry["summary"]["step_seconds"] == 0.1
+    assert entry["summary"]["bytes_per_parameter"] == 12
     assert entry["curve"]["step"] == list(range(1, 21))
     assert entry["validation"] == {"step": [20], "loss": [5 * 0.9**20]}
     assert events[0]["machine"]["platform"] == "cpu"
@@ -313,6 +326,7 @@ def test_curves_are_short():
 def test_a_run_that_had_ended_before_it_resumed():
     run = Run("a", "b", 0, "", {})
     summary = {"steps": 0, "seconds": 0.0, "stopped": None, "diverged": False}
+    summary |= {"peak_bytes": {"live": 12}, "parameters": 1}
     assert record(run, [], summary, 1.0)["summary"]["step_seconds"] is None
 
 
