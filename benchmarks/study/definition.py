@@ -158,6 +158,8 @@ def read(path: pathlib.Path, preset: str) -> Study:
     _check_study(content, path, preset, problems)
     if not problems:
         content = _of_preset(content, preset)
+        if not content["models"]:
+            problems.append(f"no model has the preset {preset!r}")
     runs = [] if problems else _matrix(content, preset, problems)
     if problems:
         raise DefinitionError("\n".join(f"{path}: {problem}" for problem in problems))
