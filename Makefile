@@ -6,8 +6,8 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
 
-.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report \
-	release-memory llama-memory tpu-report codec-lab quality lion budget fashion-mnist \
+.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report gpu-train \
+	release-memory llama-memory tpu-report codec-lab quality lion budget fashion-mnist kernel-docs \
 	clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
@@ -36,8 +36,11 @@ trace: .venv/examples ## tracing time against optax.adamw
 bench-cpu: .venv/examples ## step time on a CPU against optax
 	$(BIN)/python benchmarks/bench_cpu.py
 
-gpu-report: .venv/examples ## correctness and speed on one GPU, beside other optimizers
-	$(BIN)/python benchmarks/gpu_report.py
+gpu-report: .venv-cuda/examples ## correctness and speed on one GPU, beside others
+	$(CUDA_BIN)/python benchmarks/gpu_report.py
+
+gpu-train: .venv-cuda/examples data/kernel-docs ## GPT-2 124M on a GPU, in two ways
+	$(CUDA_BIN)/python -m examples.lm.gpu_train
 
 release-memory: .venv-cuda/done ## memory of train steps with gradient release, compiled
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
@@ -64,6 +67,8 @@ lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and
 
 fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 
+kernel-docs: data/kernel-docs ## Linux's documentation, from Debian's package of it
+
 clean:
 	rm -rf .venv .venv-cuda .venv-tpu runs data
 
@@ -71,6 +76,12 @@ data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
 	cd data/debian && apt-get download dataset-fashion-mnist && dpkg-deb -x *.deb .
 	mv data/debian/usr/share/datasets/fashion-mnist data/ && rm -r data/debian
+
+data/kernel-docs:
+	rm -rf data/debian && mkdir -p data/debian
+	cd data/debian && apt-get download linux-doc-6.1 && dpkg-deb -x *.deb .
+	mv data/debian/usr/share/doc/linux-doc-6.1/Documentation data/kernel-docs
+	rm -r data/debian
 
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -86,6 +97,10 @@ data/fashion-mnist:
 .venv-cuda/done: pyproject.toml
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv .venv-cuda
 	$(CUDA_BIN)/pip install --quiet -e ".[cuda13,triton,flax,test]"
+	touch $@
+
+.venv-cuda/examples: .venv-cuda/done
+	$(CUDA_BIN)/pip install --quiet -e ".[examples]"
 	touch $@
 
 .venv-tpu/done: pyproject.toml

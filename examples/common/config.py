@@ -93,6 +93,10 @@ class Config:
         for name in ("steps", "batch_size", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(
+                f"warmup is {self.warmup} of {self.steps} steps; give fewer, or 0"
+            )
         if self.resume and self.out is None:
             raise ValueError("resume needs the out folder of the run to go on with")
         check_name(self.optimizer)

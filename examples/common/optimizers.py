@@ -46,8 +46,16 @@ class Name(NamedTuple):
 
 
 def matrices(params):
-    """A mask for weight decay: True for matrices, False for the scales of norms."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """A mask for weight decay: True for matrices, False for biases and gains of norms.
+
+    Those of a stack of layers have two axes, so names count, too.
+    """
+
+    def decays(path, p) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
+        return p.ndim > 1 and name not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def factored_adamw(learning_rate, weight_decay=0.0, mask=None):

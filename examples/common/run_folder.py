@@ -35,8 +35,12 @@ class RunFolder:
         if not resume:
             self._metrics.write_text("")
         # On resuming, TensorBoard drops what came after the checkpoint.
-        purge = self.latest + 1 if resume else None
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge)
+        first = self.latest + 1 if resume else 1
+        self._board = SummaryWriter(
+            str(self.path / "tensorboard"),
+            purge_step=first if resume else None,
+            filename_suffix=f".from_{first}",
+        )
 
     @property
     def latest(self) -> int | None:

@@ -10,7 +10,7 @@ interrupted run that resumes repeats the uninterrupted one bit for bit.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,60 +22,125 @@ import optax_flash
 from examples.common.config import option, parse
 from examples.common.loop import Result, Watch, fit
 from examples.common.states import create_state, full_weights
-from examples.lm.data import batches, prepare
+from examples.lm import decoders
+from examples.lm.data import TEXTS, batches, prepare
 from examples.lm.model import GPT, GPTConfig
+from optax_flash import release
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(examples.common.config.Config):
+    architecture: str = option(
+        "gpt", "of the model: see the README", choices=["gpt", "gpt2", "llama"]
+    )
+    text: str = option("shakespeare", "what is read", choices=list(TEXTS))
     seq_len: int = option(128, "bytes predicted in each window")
     depth: int = option(3, "layers")
     width: int = option(256, "features; a multiple of 32 * heads")
     heads: int = option(4, "attention heads")
+    vocab: int = option(256, "tokens of the embedding; bytes are the first 256")
+    attention: str = option(
+        "fused", "plain keeps all scores of a layer", choices=["plain", "fused"]
+    )
+    remat: bool = option(False, "layers are computed again in the backward pass")
+    release: bool = option(
+        False, "gradients are applied layer by layer, each clipped by itself"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab < 256:
+            raise ValueError(f"vocab is {self.vocab}; bytes need 256 or more")
+        fixed = (self.attention, self.remat, self.release) == ("fused", False, False)
+        if self.architecture == "gpt" and not fixed:
+            raise ValueError(
+                "architecture 'gpt' has fused attention, no remat and no release; "
+                "choose 'gpt2' or 'llama' to change them"
+            )
+
+
+def model(config: Config) -> tuple[Callable, Callable]:
+    """What makes the weights, key -> params, and the loss: (params, tokens) -> nats.
+
+    tokens are (B, T + 1) uint8.
+    """
+    sizes = {
+        "depth": config.depth,
+        "width": config.width,
+        "heads": config.heads,
+        "vocab": config.vocab,
+        "compute_dtype": jnp.dtype(config.compute_dtype),
+    }
+    if config.architecture == "gpt":
+        gpt = GPT(GPTConfig(**sizes))
+
+        def init(key):
+            tokens = jnp.zeros((1, config.seq_len), jnp.int32)
+            return gpt.init(key, tokens)["params"]
+
+        def loss(params, tokens):
+            logits = gpt.apply({"params": params}, tokens[:, :-1])  # (B, T, vocab)
+            targets = tokens[:, 1:].astype(jnp.int32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return losses.mean()
+
+        return init, loss
+    decoder_config = decoders.DecoderConfig(
+        config.architecture,
+        **sizes,
+        seq_len=config.seq_len,
+        attention=config.attention,
+    )
+    sequence = decoders.decoder(decoder_config)
+    remat = config.remat or config.release
+    loss = sequence if remat else decoders.without_remat(sequence)
+    return functools.partial(decoders.init, decoder_config), loss
 
 
 def init_state(config: Config):
-    """The state before the first step."""
-    model = GPT(
-        GPTConfig(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            compute_dtype=jnp.dtype(config.compute_dtype),
-        )
-    )
+    """The state before the first step; its apply_fn is the loss."""
+    init, loss = model(config)
+    if config.release:  # which clips each layer by itself
+        config = dataclasses.replace(config, clip=0.0)
 
     @jax.jit  # one program, and so every leaf has a buffer of its own to donate
     def create(key):
-        tokens = jnp.zeros((1, config.seq_len), jnp.int32)
-        return create_state(config, model.apply, model.init(key, tokens)["params"])
+        return create_state(config, loss, init(key))
 
     return create(jax.random.key(config.seed))
-
-
-def loss_fn(params, apply_fn, tokens):  # tokens: (B, T + 1) uint8 -> nats per byte
-    logits = apply_fn({"params": params}, tokens[:, :-1])  # (B, T, 256)
-    targets = tokens[:, 1:].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def train_step(state, tokens):
     """One update in place: the old state's memory becomes the new state's."""
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, state.apply_fn, tokens)
+    loss, grads = jax.value_and_grad(state.apply_fn)(state.params, tokens)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return state.apply_gradients(grads=grads), metrics
 
 
+def released_step(clip: float):
+    """The same layer by layer, each clipped alone: no gradient outlives its layer."""
+    per_layer = optax.clip_by_global_norm(clip) if clip else None
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def step(state, tokens):
+        update = release.train_step(state.apply_fn, state.tx, per_layer=per_layer)
+        loss, params, opt_state = update(state.params, state.opt_state, tokens)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, {"loss": loss}
+
+    return step
+
+
 @jax.jit
 def eval_step(state, tokens):
-    return loss_fn(full_weights(state), state.apply_fn, tokens)
+    return state.apply_fn(full_weights(state), tokens)
 
 
 @jax.jit
 def report_step(state, tokens):
     """How the state is stored, and what another step on these tokens would be."""
-    grads = jax.grad(loss_fn)(state.params, state.apply_fn, tokens)
+    grads = jax.grad(state.apply_fn)(state.params, tokens)
     return optax_flash.numerics_report(state.tx, state.opt_state, state.params, grads)
 
 
@@ -93,15 +158,19 @@ def train(
     console: Console | None = None,
     watch: Watch | None = None,
 ) -> Result:
-    """Trains as the options say, on Shakespeare unless other texts are given.
+    """Trains as the options say.
 
     Args:
       config: the options.
-      texts: by name.
+      texts: by name, in the place of those that the options name.
       console: where progress is shown.
       watch: sees every row of the history; returns a reason to stop, or None.
     """
+    texts = TEXTS[config.text](config.data_dir) if texts is None else texts
     sources = prepare(config.seq_len, config.data_dir, texts)
+    step, report = train_step, report_step
+    if config.release:  # a report would need all gradients at once
+        step, report = released_step(config.clip), None
     held_out = held_out_batches(sources["validation"], config)
 
     def evaluate(state) -> dict[str, float]:
@@ -117,12 +186,13 @@ def train(
         config,
         init_state(config),
         batches(sources["train"], config.batch_size, config.seed),
-        step=train_step,
+        step=step,
         evaluate=evaluate,
-        report=report_step,
+        report=report,
         units="tokens",
         units_per_step=config.batch_size * config.seq_len,
         unit_of_loss="nats per byte",
+        released=config.release,
         console=console,
         watch=watch,
     )

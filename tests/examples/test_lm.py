@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from examples.common import states
 from examples.common.config import parse
 from examples.common.memory import live_bytes
 from examples.common.run_folder import RunFolder
-from examples.lm import data, demo, train
+from examples.lm import data, demo, gpu_train, train
 
 SEQ_LEN = 32
 
@@ -239,6 +240,124 @@ def flat(params):
     ]
 
 
+# --- decoders
+
+
+def tokens_of(config):
+    rng = np.random.default_rng(0)
+    shape = config.batch_size, config.seq_len + 1
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def decoder_config(config, **options):
+    return dataclasses.replace(config, depth=2, seq_len=16, **options)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_attention_remat_and_release_are_the_same_training(config, architecture):
+    """They differ in memory alone: losses and weights are those of the plain step."""
+    found = {}
+    for name, options in {
+        "plain": dict(attention="plain"),
+        "remat": dict(remat=True),
+        "released": dict(release=True),
+    }.items():
+        # At norm 0 nothing is clipped: released layers would be clipped alone.
+        changes = dict(architecture=architecture, optimizer="sgd8", clip=0.0, warmup=0)
+        this = decoder_config(config, **changes, **options)
+        state, tokens = train.init_state(this), tokens_of(this)
+        step = train.released_step(0.0) if this.release else train.train_step
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, tokens)
+            losses.append(float(metrics["loss"]))
+        found[name] = losses, states.full_weights(state)
+    losses, weights = found["plain"]
+    assert losses[-1] < losses[0]
+    for name in ("remat", "released"):
+        np.testing.assert_allclose(found[name][0], losses, rtol=1e-4)
+        for a, b in zip(
+            jax.tree.leaves(found[name][1]), jax.tree.leaves(weights), strict=True
+        ):
+            np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_no_decoder_sees_the_future(config, architecture):
+    this = decoder_config(config, architecture=architecture, attention="plain")
+    state, tokens = train.init_state(this), tokens_of(this)
+    sizes = train.model(this)[1]
+
+    def loss_until(tokens, time):
+        """The sum of the losses of the first bytes."""
+        return time * float(sizes(state.params, tokens[:, : time + 1]))
+
+    other = tokens.copy()
+    other[:, 10:] += 1
+    assert loss_until(other, 9) == loss_until(tokens, 9)
+    assert loss_until(other, 12) != loss_until(tokens, 12)
+
+
+def test_sizes_are_those_of_the_models_they_are_named_after():
+    config = train.Config(
+        architecture="gpt2", depth=12, width=768, heads=12, seq_len=1024, vocab=50257
+    )
+    assert count(config) == 124_439_808  # GPT-2's
+    config = dataclasses.replace(config, depth=48, width=1600, heads=25)
+    assert count(config) == 1_557_611_200  # GPT-2 XL's
+    config = train.Config(
+        architecture="llama", depth=22, width=2048, heads=16, seq_len=64, vocab=32000
+    )
+    # Embedding and head; four matrices of attention, three of the MLP, two norms; one.
+    hidden = 5472  # 8 / 3 of the width, in whole groups
+    layer = 4 * 2048**2 + 3 * 2048 * hidden + 2 * 2048
+    assert count(config) == 2 * 32000 * 2048 + 22 * layer + 2048
+
+
+def count(config) -> int:
+    """The params of a model, from its shapes."""
+    init, _ = train.model(config)
+    weights = jax.eval_shape(init, jax.random.key(0))
+    return sum(p.size for p in jax.tree.leaves(weights))
+
+
+def test_a_released_run_holds_no_gradients_and_resumes(config, tmp_path):
+    changes = dict(architecture="llama", release=True, steps=4, warmup=1, save_every=2)
+    config = decoder_config(config, **changes, eval_every=4)
+    whole = train.train(config, TEXTS)
+    assert whole.summary["bytes"]["gradients"] == 0
+    assert whole.summary["gradient_norm"] is None
+    out = str(tmp_path)
+    train.train(dataclasses.replace(config, out=out, stop_at=2), TEXTS)
+    resumed = train.train(dataclasses.replace(config, out=out, resume=True), TEXTS)
+    assert resumed.history == whole.history
+    for a, b in zip(
+        jax.tree.leaves(resumed.state), jax.tree.leaves(whole.state), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_what_a_model_cannot_do_is_said(config, tmp_path):
+    with pytest.raises(ValueError, match="'gpt' has fused attention"):
+        dataclasses.replace(config, release=True)
+    with pytest.raises(ValueError, match="vocab is 100"):
+        dataclasses.replace(config, vocab=100)
+    missing = dataclasses.replace(config, text="kernel", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="make kernel-docs"):
+        train.train(missing)
+
+
+def test_kernel_docs_are_read_by_folders(tmp_path):
+    folder = tmp_path / "kernel-docs"
+    for name in ("mm/a.rst", "mm/b.txt.gz", "mm/c.svg", "translations/d.rst", "e.rst"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = name.encode() * 3000
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    expected = b"mm/a.rst" * 3000 + b"\n" + b"mm/b.txt.gz" * 3000
+    assert data.kernel_docs(tmp_path) == {"mm": expected}
+
+
 # --- interruption
 
 DIES = """
@@ -350,8 +469,8 @@ def command_line(line: str) -> train.Config:
 
 def test_command_line():
     assert command_line("") == train.Config()
-    parsed = command_line("--master-bits none --learning-rate 1e-4 --steps 7")
-    assert parsed == train.Config(master_bits=None, learning_rate=1e-4, steps=7)
+    parsed = command_line("--master-bits none --learning-rate 1e-4 --steps 70")
+    assert parsed == train.Config(master_bits=None, learning_rate=1e-4, steps=70)
     assert command_line("--out runs --resume").resume
     for wrong in ("--resume", "--master-bits 16", "--optimizer adamw9"):
         with pytest.raises(SystemExit):
@@ -380,3 +499,32 @@ def test_demo_compares_two_runs(config, tmp_path):
     with console.capture() as capture:
         console.print(demo.table(runs))
     assert "total, bytes per parameter" in capture.get()
+
+
+def test_gpu_train_compares_equal_steps(config, tmp_path, monkeypatch, capsys):
+    """Here on a CPU, in this process, and with few steps."""
+    ran = []
+
+    def in_this_process(line):
+        assert line[1:3] == ["-m", "examples.lm.train"]
+        this = parse(train.Config, None, line[3:])
+        ran.append((this.optimizer, this.param_dtype, this.steps))
+        train.train(this, TEXTS)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(gpu_train.subprocess, "run", in_this_process)
+    monkeypatch.setattr(gpu_train, "TRIAL", 3)
+    file = tmp_path / "config.toml"
+    sizes = 'depth = 1\nwidth = 64\nheads = 2\nseq_len = 16\narchitecture = "gpt2"\n'
+    file.write_text(sizes + f'report_every = 0\ndata_dir = "{config.data_dir}"\n')
+    out = tmp_path / "out"
+    line = ["--minutes", "1e-6", "--config", str(file), "--out", str(out)]
+    gpu_train.main(line)
+    both = [("adamw", "float32", 3), ("adamw8", "bfloat16", 3)]
+    assert ran == both + both
+    printed = capsys.readouterr().out
+    assert "tokens per second" in printed and "3 steps" in printed
+    runs = json.loads((out / "gpu_train.json").read_text())
+    assert [run["steps"] for run in runs.values()] == [3, 3]
+    gpu_train.main(line)  # finds what is there
+    assert ran == both + both
