@@ -26,6 +26,14 @@ from benchmarks.study.runner import ROOT, Runner, going_on
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 
 
+class Stopped(Exception):
+    """No further study is to be run: what to say, and the exit status."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """0 if every run has a result, 1 if some failed, 2 if the question is wrong."""
     options = _parser().parse_args(args)
@@ -34,23 +42,43 @@ def main(args: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "benchmarks.study", *given])
     try:
         if options.command == "report":
-            _report(options.folder, console)
-            return 0
+            return _report(options.folder, console)
         if options.out and len(options.files) > 1:
             raise DefinitionError("--out is for one study; leave it out for several")
-        studies = [read(file, options.preset) for file in options.files]
+        studies = _read(options.files, options.preset)
         if options.list:
             for study in studies:
                 _list(study, _chosen(study, options.only), console)
             return 0
-        return max(_run(study, options, command, console) for study in studies)
+        codes = [_run(study, options, command, console) for study in studies]
+        return max(codes)
     except (DefinitionError, ResultsError) as error:
         Console(stderr=True).print(str(error), markup=False, soft_wrap=True)
         return 2
+    except Stopped as stopped:
+        console.print(str(stopped), markup=False, soft_wrap=True)
+        return stopped.code
+
+
+def _read(files: Sequence[pathlib.Path], preset: str) -> list[Study]:
+    """The studies of these files, or the mistakes of all of them."""
+    studies, mistakes = [], []
+    for file in files:
+        try:
+            studies.append(read(file, preset))
+        except DefinitionError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise DefinitionError("\n".join(mistakes))
+    return studies
 
 
 def _run(study: Study, options, command: str, console: Console) -> int:
-    """Makes a study's runs and its page."""
+    """Makes a study's runs and its page.
+
+    Raises:
+      Stopped: the disk is full, or somebody pressed Ctrl-C.
+    """
     name = f"{study.name}_{study.preset}"
     folder = options.out or ROOT / "benchmarks/results/studies" / name
     work = options.out / "work" if options.out else ROOT / "runs/studies" / name
@@ -62,24 +90,33 @@ def _run(study: Study, options, command: str, console: Console) -> int:
     try:
         Runner(study, results, work, console).run(pending)
         results.save()
-        _report(folder, console)
     except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {going_on(results)}", soft_wrap=True)
-        return INTERRUPTED
+        raise Stopped(f"Interrupted. {going_on(results)}", INTERRUPTED) from None
     except OSError as error:
-        console.print(f"{error}. {going_on(results)}", markup=False, soft_wrap=True)
-        return 1
-    console.print(f"{study.name}: {count(results.runs)}; {folder / 'index.html'}")
+        raise Stopped(f"{error}. {going_on(results)}", 1) from error
+    console.print(f"{study.name}: {count(results.runs)}", soft_wrap=True)
     failed = sum(entry["status"] == "failed" for entry in results.runs)
     if failed:
         console.print(f"{failed} failed; --retry makes them once more.")
-    return 1 if failed else 0
+    return max(_report(folder, console), 1 if failed else 0)
 
 
-def _report(folder: pathlib.Path, console: Console) -> None:
-    from benchmarks.study.page import report  # imports matplotlib
+def _report(folder: pathlib.Path, console: Console) -> int:
+    """Makes the page of a study's folder."""
+    from benchmarks.study.page import report  # it imports matplotlib
 
-    report(folder)
+    try:
+        report(folder)
+    except OSError as error:
+        console.print(
+            f"{folder / 'index.html'} was not made: {error}. "
+            f"python -m benchmarks.study report {folder} makes it from study.json.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 1
+    console.print(str(folder / "index.html"), markup=False, soft_wrap=True)
+    return 0
 
 
 def _chosen(study: Study, patterns: Sequence[str]) -> list[Run]:
@@ -100,14 +137,17 @@ def _chosen(study: Study, patterns: Sequence[str]) -> list[Run]:
 
 def _list(study: Study, runs: Sequence[Run], console: Console) -> None:
     table = Table(title=f"{study.content['title']}: {len(runs)} runs")
-    for column in ("run", "optimizer", "weights", "steps"):
-        table.add_column(column)
-    for run in runs:
-        weights = run.config["param_dtype"]
-        if weights != "float32" and run.config["master_bits"]:
-            weights += f", {run.config['master_bits']} bits"
-        steps = str(run.config["steps"])
-        table.add_row(run.name, run.config["optimizer"], weights, steps)
+    for column in ("model", "condition", "seeds", "optimizer", "weights", "steps"):
+        table.add_column(column, overflow="fold")
+    for model, condition in dict.fromkeys((run.model, run.condition) for run in runs):
+        same = [x for x in runs if (x.model, x.condition) == (model, condition)]
+        config = same[0].config
+        weights = config["param_dtype"]
+        if weights != "float32" and config["master_bits"]:
+            weights += f", {config['master_bits']} bits"
+        seeds = " ".join(str(run.seed) for run in same)
+        steps = str(config["steps"])
+        table.add_row(model, condition, seeds, config["optimizer"], weights, steps)
     console.print(table)
 
 

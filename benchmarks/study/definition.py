@@ -327,7 +327,7 @@ def _check_study(content, path: pathlib.Path, preset: str, problems: list[str]) 
 def _check_preset(name: str, entry: Mapping[str, Any], problems: list[str]) -> None:
     where = f"presets.{name}"
     _check_keys(entry, KEYS["preset"], where, problems)
-    seeds = entry.get("seeds")
+    seeds = entry.get("seeds", [])
     if not _listed(seeds, int) or len(set(seeds)) != len(seeds):
         problems.append(f"{where}: seeds is {seeds!r}; give whole numbers, each once")
     workers = entry.get("workers", 1)
