@@ -5,10 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
+STUDIES := momentum lowrank cost trading flashoptim
 
 .PHONY: demo test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
-	gpu-train release-memory llama-memory tpu-report codec-lab quality lion budget \
-	trading fashion-mnist kernel-docs clean
+	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
+	budget trading fashion-mnist kernel-docs clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python -m examples.lm.demo --out runs/demo
@@ -57,6 +58,9 @@ llama-memory: .venv-cuda/done ## memory of Llama-3.1-8B's step, planned and comp
 
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
+
+studies: .venv/examples data/fashion-mnist ## five questions and their verdicts, in small
+	$(BIN)/python -m benchmarks.study run $(STUDIES:%=benchmarks/study/studies/%.toml)
 
 quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
