@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from rich import progress
 from rich.console import Console
 
@@ -48,6 +49,7 @@ def fit(
     *,
     step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     evaluate: Callable[[Any], dict[str, float]],
+    test: Callable[[Any], dict[str, Any]] | None = None,
     report: Callable[[Any, Any], Any] | None = None,
     units: str,
     units_per_step: int,
@@ -64,6 +66,8 @@ def fit(
       batches: batches[k] is that of step k + 1.
       step: jitted, (state, batch) -> (state, metrics); "loss" is among the metrics.
       evaluate: state -> held-out metrics, "val_loss" among them.
+      test: the last state -> the summary's metrics, if the run comes to its end with
+        finite weights; those of the last validation if left out.
       report: (state, batch) -> the state of numerics, for `report_every`.
       units: what the speed counts, as "tokens".
       units_per_step: how many a step takes.
@@ -132,6 +136,9 @@ def fit(
         **outcome(history),
         "stopped": reason,
     }
+    if test:
+        ended = at == config.steps and all_finite(state.params)
+        summary["metrics"] = test(state) if ended else {}
     if folder:
         if history:
             title = (
@@ -145,6 +152,11 @@ def fit(
             )
         folder.close(summary)
     return Result(state, history, summary)
+
+
+def all_finite(tree) -> bool:
+    leaves = jax.tree.leaves(jax.device_get(tree))
+    return all(bool(np.isfinite(leaf).all()) for leaf in leaves)
 
 
 def why_stop(rows: Sequence[Mapping[str, Any]], watch: Watch | None) -> str | None:
