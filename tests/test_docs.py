@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import tomllib
+import types
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -148,3 +149,18 @@ def test_extras_and_files_exist(page):
     if not page.startswith("docs/"):  # Those of docs/ are checked by make docs.
         for link in re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", PAGES[page]):
             assert ((ROOT / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "module", [optax_flash, optax_flash.flax, optax_flash.plan, optax_flash.release]
+)
+def test_the_api_is_whole(module):
+    pages = "".join(PAGES[page] for page in PAGES if page.startswith("docs/api/"))
+    shown = re.findall(rf"^::: {module.__name__}\.(\w+)$", pages, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert set(shown) == public

@@ -1,1 +1,1 @@
-"""Studies: conditions x seeds x models against criteria that were written before."""
+"""Studies: conditions x models x seeds, with criteria written before the runs."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich import progress
 from rich.console import Console
 
@@ -155,7 +155,8 @@ def fit(
 
 
 def all_finite(tree) -> bool:
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(jax.device_get(tree))
+    return all(bool(np.isfinite(leaf).all()) for leaf in leaves)
 
 
 def why_stop(rows: Sequence[Mapping[str, Any]], watch: Watch | None) -> str | None:

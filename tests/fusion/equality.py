@@ -8,7 +8,7 @@ every bit must agree. A process of its own, as the instruction set is chosen at 
 
 An optimizer's arithmetic, the weights' storage and the codec are separate operations of
 a program, so all pairs of them are run: adamw with every storage and every codec, the
-others with each storage and each codec once. With --all every optimizer is run with all.
+others with each storage and each codec once. --all runs all with all.
 """
 
 import itertools
