@@ -511,6 +511,28 @@ def test_full_disk(file, tmp_path, capsys, monkeypatch):
     assert json.loads((out / "study.json").read_text())["results"]["criteria"]
 
 
+def test_a_preset_for_gpus(file, tmp_path, capsys):
+    path = file(("workers = 2", 'workers = 2\nneeds = "gpu"'))
+    out = tmp_path / "out"
+    args = ["run", str(path), "--out", str(out), "--only", "b/float32/0"]
+    assert command.main(args) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the preset 'small' needs a gpu; JAX has found cpu alone" in error
+    assert not pids(out) and not (out / "study.json").exists()
+
+
+def test_another_machine(file, tmp_path, capsys):
+    path, out = file(), tmp_path / "out"
+    code, content = run(path, out, "--only", "b/float32/0")
+    content["machine"]["device"] = "Cray-1"
+    (out / "study.json").write_text(json.dumps(content))
+    args = ["run", str(path), "--out", str(out), "--only", "b/float32/1"]
+    assert command.main(args) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "were made with device 'Cray-1'; here it is" in error
+    assert json.loads((out / "study.json").read_text()) == content
+
+
 def test_one_process_at_a_time(file, tmp_path, capsys):
     import fcntl
 
