@@ -62,7 +62,7 @@ KEYS = {
         "conditions",
         "criteria",
     ),
-    "preset": ("seeds", "workers"),
+    "preset": ("seeds", "workers", "needs"),
     "model": ("trainer", "title", "presets", "config"),
     "condition": ("title", "models", "config", "by_model", "reference"),
     "criterion": (
@@ -333,6 +333,8 @@ def _check_preset(name: str, entry: Mapping[str, Any], problems: list[str]) -> N
     workers = entry.get("workers", 1)
     if not _is(workers, int) or workers < 1:
         problems.append(f"{where}: workers is {workers!r}; give 1 or more")
+    if entry.get("needs", "gpu") != "gpu":
+        problems.append(f"{where}: needs is {entry['needs']!r}; it can be 'gpu'")
 
 
 def _check_model(

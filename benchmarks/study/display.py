@@ -43,7 +43,7 @@ class Display:
             title, total=total, completed=finished, note=""
         )
         self._lines = [
-            self._bars.add_task("idle", total=1, note="") for _ in range(workers)
+            self._bars.add_task("", visible=False, note="") for _ in range(workers)
         ]
 
     def __enter__(self) -> "Display":
@@ -59,6 +59,7 @@ class Display:
             description=run.name,
             total=run.config["steps"],
             note="compiling",
+            visible=True,
         )
 
     def stepped(self, worker: int, event: Mapping[str, Any]) -> None:
@@ -75,7 +76,7 @@ class Display:
         remaining = self._remaining(left)
         note = f"about {duration(remaining)} left" if left else ""
         self._bars.update(self._whole, completed=self._finished, note=note)
-        self._bars.reset(self._lines[worker], description="idle", total=1, note="")
+        self._bars.update(self._lines[worker], visible=False)
         style = STYLES[entry["status"]]
         line = (
             f"[{self._finished}/{self._total}] {name(entry)}: "

@@ -74,11 +74,20 @@ class Results:
         )
 
     def check_machine(self, machine: dict[str, Any]) -> None:
-        """That this is the machine of the finished runs.
+        """That this is the machine of the finished runs, and has what they need.
 
         Raises:
-          ResultsError: it is another; times of both cannot be compared.
+          ResultsError: it is another, so that times could not be compared; or the
+            preset needs a GPU, and there is none.
         """
+        preset = self._study.preset
+        needs = self._study.content["presets"][preset].get("needs")
+        if needs and machine["platform"] != needs:
+            raise ResultsError(
+                f"the preset {preset!r} needs a {needs}; JAX has found "
+                f"{machine['platform']} alone. Choose another --preset, or install "
+                "jax for the device."
+            )
         if self.machine is None or not self.runs:
             self.machine = machine
         for key in MACHINE:

@@ -41,7 +41,6 @@ class Process:
     def __init__(self, job: Job, worker: int):
         self.job, self.worker = job, worker
         self.started = time.perf_counter()
-        self.stepped = False  # since when others may use what it prepared
         self.not_written: str | None = None
         self._log = open(job.log, "wb")
         self._child = subprocess.Popen(
@@ -160,25 +159,23 @@ class Runner:
         finished = len(self._results.runs)
         workers = len(self._cores)
         going: list[Process] = []
-        prepared: set[str] = set()  # models whose data are on the disk
         with (
             Display(self._console, title, total, finished, workers) as display,
             selectors.DefaultSelector() as selector,
         ):
             try:
                 while pending or going:
-                    self._start(pending, going, prepared, selector, display)
+                    self._start(pending, going, selector, display)
                     for key, _ in selector.select(timeout=1.0):
                         process = key.data
                         events, ended = process.read()
                         for event in events:
-                            self._take(event, process, prepared, display)
+                            self._take(event, process, display)
                         if not ended:
                             continue
                         selector.unregister(process.events)
                         entry = self._end(process)
                         going.remove(process)
-                        prepared.add(process.job.run.model)
                         self._add(process.job.run, entry)
                         display.ended(process.worker, entry, pending)
             finally:
@@ -189,18 +186,12 @@ class Runner:
         self,
         pending: list[Run],
         going: list[Process],
-        prepared: set[str],
         selector: selectors.BaseSelector,
         display: Display,
     ) -> None:
-        """Gives idle workers the next runs. A model's first run goes ahead of the
-        others until it trains, since it may prepare their data."""
-        while len(going) < len(self._cores):
-            waited_for = {process.job.run.model for process in going} - prepared
-            run = next((run for run in pending if run.model not in waited_for), None)
-            if run is None:
-                return
-            pending.remove(run)
+        """Gives idle workers the next runs."""
+        while pending and len(going) < len(self._cores):
+            run = pending.pop(0)
             busy = {process.worker for process in going}
             worker = min(set(range(len(self._cores))) - busy)
             process = Process(self._job(run, self._cores[worker]), worker)
@@ -212,7 +203,6 @@ class Runner:
         self,
         event: dict[str, Any],
         process: Process,
-        prepared: set[str],
         display: Display,
     ) -> None:
         if "machine" in event:
@@ -220,7 +210,6 @@ class Runner:
         elif "not_written" in event:
             process.not_written = event["not_written"]
         else:
-            prepared.add(process.job.run.model)
             display.stepped(process.worker, event)
 
     def _end(self, process: Process) -> dict[str, Any]:

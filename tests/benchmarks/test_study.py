@@ -85,9 +85,12 @@ def file(tmp_path):
     return write
 
 
+PAGE = command._report
+
+
 @pytest.fixture(autouse=True)
 def no_page(monkeypatch):
-    """Pages are another test's matter."""
+    """Pages are test_study_report.py's matter, and test_full_disk's."""
     monkeypatch.setattr(command, "_report", lambda folder, console: 0)
 
 
@@ -398,10 +401,10 @@ def test_a_study_goes_on_whatever_happens_to_its_runs(file, tmp_path, capsys):
     assert (change["before"]["at_most"], change["after"]["at_most"]) == (-0.2, -0.1)
 
 
-def start(path, out):
+def start(path, out, *args):
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.study", "run", path, "--out", out],
+        [sys.executable, "-m", "benchmarks.study", "run", path, "--out", out, *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -433,7 +436,7 @@ def test_interrupted_nothing_is_lost_and_nothing_repeated(how, file, tmp_path):
     slow = ("warmup = 1,", "warmup = 1, pause = 0.3,")
     # One model goes ahead, the other is in the middle when it happens.
     path = file(slow, ("small = { steps = 6 }", "small = { steps = 14 }"))
-    process = start(path, out)
+    process = start(path, out, "--only", "*/float32/0")
     try:
         wait_for(lambda: (out / "study.json").exists())
         kept = json.loads((out / "study.json").read_text())["runs"]
@@ -474,7 +477,7 @@ def full_disk(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk(file, tmp_path, capsys):
+def test_full_disk(file, tmp_path, capsys, monkeypatch):
     out, path = tmp_path / "out", file()
     _, before = run(path, out, "--only", "a/float32/0")
     size = (out / "study.json").stat().st_size
@@ -496,6 +499,38 @@ def test_full_disk(file, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "b/float32/0 could not be written: [Errno 28]" in printed
     assert "2 finished runs (2 done) are kept in" in printed
+
+    monkeypatch.setattr(command, "_report", PAGE)
+    with full_disk(100):
+        assert command.main(["report", str(out)]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "index.html was not made: [Errno 27] File too large" in printed
+    assert json.loads((out / "study.json").read_text()) == content
+    assert command.main(["report", str(out)]) == 0
+    assert "A tiny study" in (out / "index.html").read_text()
+    assert json.loads((out / "study.json").read_text())["results"]["criteria"]
+
+
+def test_a_preset_for_gpus(file, tmp_path, capsys):
+    path = file(("workers = 2", 'workers = 2\nneeds = "gpu"'))
+    out = tmp_path / "out"
+    args = ["run", str(path), "--out", str(out), "--only", "b/float32/0"]
+    assert command.main(args) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the preset 'small' needs a gpu; JAX has found cpu alone" in error
+    assert not pids(out) and not (out / "study.json").exists()
+
+
+def test_another_machine(file, tmp_path, capsys):
+    path, out = file(), tmp_path / "out"
+    code, content = run(path, out, "--only", "b/float32/0")
+    content["machine"]["device"] = "Cray-1"
+    (out / "study.json").write_text(json.dumps(content))
+    args = ["run", str(path), "--out", str(out), "--only", "b/float32/1"]
+    assert command.main(args) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "were made with device 'Cray-1'; here it is" in error
+    assert json.loads((out / "study.json").read_text()) == content
 
 
 def test_one_process_at_a_time(file, tmp_path, capsys):
