@@ -13,6 +13,7 @@ METRICS = (
     "peak_bytes.allocator",
     "checkpoint_bytes",
     "units_per_second",
+    "step_seconds",
     "seconds",
     "train_loss",
     "val_loss",

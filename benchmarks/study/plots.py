@@ -250,26 +250,26 @@ def _memory(document: Document, model: str) -> Plot | None:
         for run in doc.group(document, model, name).values():
             found = {part: doc.value(run, f"bytes.{part}") for part in BYTES}
             if any(found.values()):
-                parts[name] = {
-                    part: (size or 0) / 2**20 for part, size in found.items()
-                }
+                parts[name] = {part: size or 0 for part, size in found.items()}
                 break
     if not parts:
         return None
+    largest = max(sum(sizes.values()) for sizes in parts.values())
+    unit, scale = ("GiB", 2**30) if largest > 2**31 else ("MiB", 2**20)
     figure, axes = _bars(len(parts))
     places = np.arange(len(parts))
     left = np.zeros(len(parts))
     for part, shade in zip(BYTES, SHADES, strict=True):
-        widths = np.asarray([sizes[part] for sizes in parts.values()])
+        widths = np.asarray([sizes[part] / scale for sizes in parts.values()])
         if widths.any():
             axes.barh(places, widths, left=left, color=shade, label=part, height=0.7)
         left += widths
-    _ends(axes, places, left, [f"{number(total, 3)} MiB" for total in left])
+    _ends(axes, places, left, [f"{number(total, 3)} {unit}" for total in left])
     axes.set_yticks(places, list(parts))
-    axes.set_xlabel("MiB, live")
+    axes.set_xlabel(f"{unit}, live")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, columnspacing=1)
     alt = "; ".join(
-        f"{name} {number(total, 3)} MiB"
+        f"{name} {number(total, 3)} {unit}"
         for name, total in zip(parts, left, strict=True)
     )
     note = "What lives between steps, and the gradients; activations are not in it."

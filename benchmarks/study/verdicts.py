@@ -109,6 +109,8 @@ def _judged(document: Document, criterion: Criterion) -> dict[str, Any]:
 def _concerns(document: Document, criterion: Criterion, condition: str) -> bool:
     if "conditions" in criterion:
         return condition in criterion["conditions"]
+    if criterion.get("kind") == "abort":
+        return True
     return doc.reference(document, condition) is not None
 
 
@@ -116,18 +118,24 @@ def _overall(kind: str, cells: Sequence[Cell]) -> tuple[str, str]:
     """Success must hold everywhere; a failure is met where it happened once."""
     if not cells:
         return NOT_TESTABLE, "it concerns no condition of this study"
-    count = collections.Counter(cell["verdict"] for cell in cells)
     decisive = MET if kind == "failure" else MISSED
     for verdict in (decisive, NOT_TESTABLE):
-        if count[verdict]:
-            if verdict == NOT_TESTABLE and len({cell["why"] for cell in cells}) == 1:
-                return verdict, cells[0]["why"]
-            return verdict, f"{verdict} in {count[verdict]} of {_cases(len(cells))}"
-    return (MISSED if kind == "failure" else MET), f"in {_cases(len(cells), 'all ')}"
+        found = [cell for cell in cells if cell["verdict"] == verdict]
+        if not found:
+            continue
+        reasons = {cell["why"] for cell in found}
+        if len(reasons) == 1 and len(found) == len(cells):
+            return verdict, reasons.pop()
+        where = _cases(found) if len(found) < len(cells) else "every case"
+        return verdict, f"{where}: {found[0]['why']}" if len(found) == 1 else where
+    return (MISSED if kind == "failure" else MET), "every case"
 
 
-def _cases(count: int, many: str = "") -> str:
-    return "the one case" if count == 1 else f"{many}{count} cases"
+def _cases(cells: Sequence[Cell], most: int = 4) -> str:
+    """Which they are, while few."""
+    if len(cells) > most:
+        return f"{len(cells)} cases"
+    return listed([f"{cell['condition']} on {cell['model']}" for cell in cells])
 
 
 def _by_aborts(

@@ -15,6 +15,7 @@ LABELS = {
     "peak_bytes.allocator": "Peak memory, by the allocator",
     "checkpoint_bytes": "Checkpoint",
     "seconds": "Train time",
+    "step_seconds": "Step time",
     "units_per_second": "Throughput",
     "train_loss": "Train loss",
     "val_loss": "Validation loss",
@@ -25,9 +26,7 @@ LABELS = {
 }
 SHARES = ("metrics.accuracy", "metrics.max_drawdown", "metrics.annual_return")
 """Metrics that are shares of 1 and read best in per cent."""
-LESS_IS_BETTER = (
-    "bytes", "loss", "perplexity", "seconds", "drawdown", "nonfinite", "diverged"
-)  # fmt: skip
+TIMES = ("seconds", "step_seconds")
 MINUS, NARROW = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 
 
@@ -74,9 +73,11 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+    """Milliseconds to hours."""
     if seconds is None or not math.isfinite(seconds):
         return number(seconds)
+    if 0 < abs(seconds) < 1:
+        return f"{number(1000 * seconds, 3)}{NARROW}ms"
     sign, seconds = (MINUS if seconds < 0 else ""), abs(seconds)
     for length, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * length:
@@ -94,9 +95,9 @@ def amount(metric: str, value: float | None, units: str = "") -> str:
     """
     if value is None or not math.isfinite(value):
         return number(value)
-    if "bytes" in metric and metric != "metrics.bits_per_byte":
+    if _is_bytes(metric):
         return size(value)
-    if metric == "seconds":
+    if metric in TIMES:
         return duration(value)
     if metric == "units_per_second":
         return f"{number(value, 3)}{NARROW}{units or 'units'}/s"
@@ -118,9 +119,13 @@ def change(metric: str, compare: str, value: float | None) -> str:
     sign = "+" if value > 0 else ""
     if metric in SHARES:
         return percent(value).replace(f"{NARROW}%", f"{NARROW}points")
-    if "bytes" in metric and metric != "metrics.bits_per_byte" or metric == "seconds":
+    if _is_bytes(metric) or metric in TIMES:
         return sign + amount(metric, value)
     return sign + number(value, 3)
+
+
+def _is_bytes(metric: str) -> bool:
+    return metric.split(".")[0] in ("bytes", "peak_bytes", "checkpoint_bytes")
 
 
 def bounds(criterion: Mapping[str, Any]) -> str:
@@ -128,13 +133,27 @@ def bounds(criterion: Mapping[str, Any]) -> str:
     metric, compare = criterion["metric"], criterion.get("compare", "value")
     name = {"loss": "Loss", "grad_norm": "Gradient norm"}.get(metric, label(metric))
     asked = [
-        f"{words} {change(metric, compare, criterion[key])}"
+        f"{words} {_bound(metric, compare, criterion[key])}"
         for key, words in (("at_most", "at most"), ("at_least", "at least"))
         if key in criterion
     ]
     step = criterion.get("after_step")
     after = "" if step is None else f" after step {step:,}"
     return f"{name}: {' and '.join(asked)}{after}"
+
+
+def _bound(metric: str, compare: str, value: float) -> str:
+    """As it was written, without digits that nobody asked for."""
+    if compare == "relative" or metric in SHARES:
+        unit = "%" if compare in ("relative", "value") else "points"
+        text = f"{100 * value:g}{NARROW}{unit}"
+    elif compare == "ratio":
+        text = f"×{NARROW}{value:g}"
+    elif _is_bytes(metric) or metric in TIMES:
+        text = amount(metric, value)
+    else:
+        text = f"{value:g}"
+    return text.replace("-", MINUS)
 
 
 def listed(names: list[str]) -> str:
