@@ -118,7 +118,7 @@ def page(document: Document) -> str:
         section("Setting", _setting(document), _conditions(document)),
         *[_model(document, model) for model in doc.models(document)],
         section("Costs", *_costs(document)),
-        section("Events", _events(document)),
+        section("Events", _events(document), _changes(document)),
         section("How numbers are compared", paragraphs(_method(found["comparisons"]))),
         section("What this study cannot say", paragraphs(study.get("limits"))),
         section("Make it again", _again(document)),
@@ -544,6 +544,24 @@ def _events(document: Document) -> str:
             "p", "None: no run diverged, was stopped or failed; no NaN, no infinity."
         )
     return table(["Model", "Condition", "Seed", "What happened", "Why"], rows)
+
+
+def _changes(document: Document) -> str:
+    """Criteria that were altered when runs were there already."""
+    rows = [
+        [
+            text(altered["criterion"]),
+            text(f"{altered['date']}, after {altered['runs']} runs"),
+            text(bounds(altered["before"]) if altered["before"] else "was not there"),
+            text(bounds(altered["after"]) if altered["after"] else "was taken away"),
+        ]
+        for altered in document.get("changes") or []
+    ]
+    if not rows:
+        return ""
+    head = ["Criterion", "When", "Before", "After"]
+    caption = "Criteria that were changed after runs had been made"
+    return table(head, rows, caption=caption)
 
 
 def _method(rows: Sequence[Mapping[str, Any]]) -> str:

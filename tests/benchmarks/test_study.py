@@ -564,6 +564,14 @@ def test_the_studies_are_well_formed(name, preset):
     assert study.runs
 
 
+def test_the_study_of_the_docs_is_one(tmp_path):
+    page = (ROOT / "docs/studies.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    file = tmp_path / "mine.toml"
+    file.write_text(block)
+    assert len(read(file, "small").runs) == 6
+
+
 def test_display_on_a_terminal(file):
     from benchmarks.study.display import Display
 

@@ -473,6 +473,20 @@ def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
     assert summary.count("\n| ") == len(CRITERIA) + 1
 
 
+def test_criteria_that_were_changed_after_runs_are_shown():
+    document = study_document(models=("gpt",))
+    before = {**CRITERIA[0], "at_most": -0.6}
+    change = {"date": "2026-11-20", "runs": 9, "criterion": CRITERIA[0]["name"]}
+    document["changes"] = [
+        change | {"before": before, "after": CRITERIA[0]},
+        change | {"criterion": "Another", "before": None, "after": CRITERIA[1]},
+    ]
+    document["results"] = results(document)
+    words = " ".join(read(page(document)).words)
+    assert "2026-11-20, after 9 runs" in words and "was not there" in words
+    assert "at most \N{MINUS SIGN}60" in words
+
+
 def test_verdicts_of_the_whole_study():
     document = study_document()
     found = {criterion["name"]: criterion for criterion in verdicts(document)}
