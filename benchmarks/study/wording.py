@@ -124,6 +124,15 @@ def change(metric: str, compare: str, value: float | None) -> str:
     return sign + number(value, 3)
 
 
+def span(metric: str, compare: str, low: float, high: float) -> str:
+    """An interval of a compared value, in brackets, its unit written once."""
+    first, last = change(metric, compare, low), change(metric, compare, high)
+    unit = first.partition(NARROW)[2]
+    if unit and last.endswith(NARROW + unit):
+        first = first.removesuffix(NARROW + unit)
+    return f"[{first}, {last}]"
+
+
 def _is_bytes(metric: str) -> bool:
     return metric.split(".")[0] in ("bytes", "peak_bytes", "checkpoint_bytes")
 
@@ -146,13 +155,14 @@ def _bound(metric: str, compare: str, value: float) -> str:
     """As it was written, without digits that nobody asked for."""
     if compare == "relative" or metric in SHARES:
         unit = "%" if compare in ("relative", "value") else "points"
-        text = f"{100 * value:g}{NARROW}{unit}"
+        sign = "" if compare == "value" else "+"
+        text = f"{100 * value:{sign}g}{NARROW}{unit}"
     elif compare == "ratio":
         text = f"×{NARROW}{value:g}"
     elif _is_bytes(metric) or metric in TIMES:
         text = amount(metric, value)
     else:
-        text = f"{value:g}"
+        text = f"{value:{'+' if compare == 'difference' else ''}g}"
     return text.replace("-", MINUS)
 
 
