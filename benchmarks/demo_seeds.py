@@ -16,9 +16,9 @@ import sys
 import jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "lm"))
+sys.path.insert(0, str(ROOT))
 
-from demo import compare, demo_config  # noqa: E402
+from examples.lm.demo import compare, demo_config  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "demo_seeds.json"
 

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "lm"))
+sys.path.insert(0, str(ROOT))
 
-from model import GPT, GPTConfig  # noqa: E402
+from examples.lm.model import GPT, GPTConfig  # noqa: E402
 
 FASHION_MNIST = ROOT / "data" / "fashion-mnist"
 HELD_OUT = 0.07  # of each text, its end
@@ -75,7 +75,7 @@ def gpt(
     part of the texts. Held out is the end of each text, in disjoint windows.
     """
     if texts is None:
-        from data import shakespeare  # its imports take seconds
+        from examples.lm.data import shakespeare  # its imports take seconds
 
         texts = shakespeare()
     train, held_out = _split_texts(texts)

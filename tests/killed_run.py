@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint  # noqa: F401  imported once for all children
-from checkpoint import RunFolder
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash.flax
+from examples.common.run_folder import RunFolder
 
 STEPS = 120
 SAVE_EVERY = 3

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 
-EXACT = ("parameters", "bytes.", "peak_bytes.live", "peak_bytes.compiled")
+EXACT = ("parameters", "bytes.", "bytes_per_parameter")
+EXACT += ("peak_bytes.live", "peak_bytes.compiled")
 """Metrics that arithmetic decides: one seed is enough."""
 EVENTS = ("diverged", "nonfinite")
 """Metrics where each run counts, not their mean."""

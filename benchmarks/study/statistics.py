@@ -1,7 +1,7 @@
 """Paired statistics over few seeds: intervals, effect sizes, tests, corrections."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ def effect_size(differences: Sequence[float]) -> float:
     """
     degrees = len(differences) - 1
     spread = sample_spread(differences)
-    if degrees < 2 or spread == 0:
+    if degrees < 2 or _are_equal(differences):
         return math.nan
     gammas = scipy.special.gammaln([degrees / 2, (degrees - 1) / 2])
     correction = math.exp(gammas[0] - gammas[1]) / math.sqrt(degrees / 2)
@@ -89,7 +89,7 @@ def p_value(differences: Sequence[float]) -> float:
     """
     count, spread = len(differences), sample_spread(differences)
     mean = float(np.mean(differences))
-    if spread == 0:
+    if _are_equal(differences):
         return 1.0 if mean == 0 else math.nan
     statistic = abs(mean) / (spread / math.sqrt(count))
     return float(2 * scipy.stats.t.sf(statistic, count - 1))
@@ -110,34 +110,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = values.copy()
     adjusted[order] = np.maximum.accumulate(np.minimum(1, factors * values[order]))
     return adjusted.tolist()
-
-
-def bootstrap(
-    values: Sequence[float],
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The percentile bootstrap's interval of a statistic of independent values.
-
-    It needs more values than a study has seeds: below about 20 it is too narrow, and
-    :func:`interval` is what to use.
-
-    Args:
-      values: what to draw from, with replacement.
-      statistic: of one sample, an array as long as the values.
-      resamples: how many samples are drawn.
-      seed: of the draws.
-
-    Returns:
-      where the interval begins and ends.
-    """
-    rng, values = np.random.default_rng(seed), np.asarray(values)
-    draws = rng.integers(len(values), size=(resamples, len(values)))
-    found = [statistic(values[draw]) for draw in draws]
-    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def seeds_to_decide(found: Interval, bound: float, most: int = 1000) -> int | None:
@@ -161,6 +133,11 @@ def seeds_to_decide(found: Interval, bound: float, most: int = 1000) -> int | No
 def sample_spread(values: Sequence[float]) -> float:
     """The standard deviation of a sample; NaN for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def _are_equal(values: Sequence[float]) -> bool:
+    """Whether arithmetic alone tells the values apart."""
+    return float(np.ptp(values)) <= 1e-12 * float(np.max(np.abs(values)))
 
 
 def _half_width(spread: float, count: int) -> float:

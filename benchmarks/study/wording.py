@@ -6,6 +6,7 @@ from typing import Any
 
 LABELS = {
     "parameters": "Parameters",
+    "bytes_per_parameter": "Bytes a parameter",
     "bytes.weights": "Weights",
     "bytes.residual": "Residual",
     "bytes.optimizer state": "Optimizer state",

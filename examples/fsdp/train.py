@@ -1,7 +1,7 @@
 """Trains the GPT of examples/lm with params and optimizer state sharded over a mesh.
 
-    python examples/fsdp/train.py                        # all GPUs of this machine
-    python examples/fsdp/train.py --virtual-devices 8    # or 8 that a CPU plays
+    python -m examples.fsdp.train                        # all GPUs of this machine
+    python -m examples.fsdp.train --virtual-devices 8    # or 8 that a CPU plays
 
 JAX's partitioner is the engine. The example says where params lie; where the codes,
 scales and residuals of their optimizer lie follows (`state_sharding`), and an update of
@@ -11,8 +11,6 @@ them communicates nothing.
 import argparse
 import functools
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
+from examples.lm.data import shakespeare
+from examples.lm.model import GPT, GPTConfig
 from optax_flash.flax import TrainState
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "lm"))
-from data import shakespeare  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
 
 
 def param_spec(path, p) -> P:

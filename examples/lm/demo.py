@@ -1,6 +1,6 @@
 """The same GPT twice: optax.adamw on float32 weights, then 8-bit AdamW on split ones.
 
-    python examples/lm/demo.py --out runs/demo
+    python -m examples.lm.demo --out runs/demo
 
 Seed, data, schedule and model are the same; only the storage of the weights and of the
 optimizer's state differs. Ends with a table of live bytes and of held-out losses, a
@@ -15,14 +15,11 @@ import operator
 import pathlib
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from matplotlib.figure import Figure
-from memory import count_bytes
 from rich.console import Console
 from rich.table import Table
-from train import TrainConfig, loss_fn, train
+
+from examples.common.plots import draw_losses
+from examples.lm.train import Config, train
 
 RUNS = {
     "optax.adamw, float32 weights": dict(optimizer="adamw", param_dtype="float32"),
@@ -32,9 +29,9 @@ RUNS = {
 }
 
 
-def demo_config(seed: int = 0, steps: int = 400, data_dir: str = "data") -> TrainConfig:
+def demo_config(seed: int = 0, steps: int = 400, data_dir: str = "data") -> Config:
     """What the demo trains: sized to end within minutes on two CPU cores."""
-    return TrainConfig(
+    return Config(
         seed=seed,
         steps=steps,
         warmup=steps // 10,
@@ -43,24 +40,19 @@ def demo_config(seed: int = 0, steps: int = 400, data_dir: str = "data") -> Trai
     )
 
 
-def compare(config: TrainConfig, texts=None, console: Console | None = None) -> dict:
+def compare(config: Config, texts=None, console: Console | None = None) -> dict:
     """Trains as the config says, once for each of RUNS; returns their numbers by name.
 
-    "bytes" are those of the live arrays after the last step, gradients among them.
+    "bytes" are those of the live arrays in a step, gradients among them.
     """
     runs = {}
     for name, options in RUNS.items():
         if console:
             console.print(name)
-        state, history, summary = train(
+        _, history, summary = train(
             dataclasses.replace(config, **options), texts, console=console
         )
-        tokens = jnp.zeros((config.batch_size, config.seq_len + 1), jnp.uint8)
-        grads = jax.jit(jax.grad(loss_fn), static_argnums=1)(
-            state.params, state.apply_fn, tokens
-        )
-        parts = {**summary["bytes"], "gradients": count_bytes(grads)}
-        runs[name] = {**summary, "bytes": parts, "history": history}
+        runs[name] = {**summary, "history": history}
     return runs
 
 
@@ -87,49 +79,22 @@ def table(runs: dict[str, dict]) -> Table:
     total = per_parameter(lambda parts: sum(parts.values()))
     add("total, bytes per parameter", total, style="bold", end_section=True)
     add("validation loss, nats per byte", each("val_loss", ".4f"), style="bold")
-    add("validation loss, bits per byte", each("val_bits_per_byte", ".4f"))
+    bits = [run["metrics"]["bits_per_byte"] for run in runs.values()]
+    add("validation loss, bits per byte", [f"{number:.4f}" for number in bits])
     add("seconds in train steps", each("seconds", ".1f"))
-    add("tokens per second", each("tokens_per_second", ",.0f"))
+    add("tokens per second", each("units_per_second", ",.0f"))
     return table
 
 
 def plot(runs: dict[str, dict], path: pathlib.Path) -> None:
-    """The losses of all runs; train losses are averaged over a twentieth of a run."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots()
-    for (name, run), color, line in zip(
-        runs.items(), ["tab:blue", "tab:orange"], ["-", "--"], strict=True
-    ):
-        steps = [row["step"] for row in run["history"]]
-        losses = [row["loss"] for row in run["history"]]
-        span = math.ceil(len(losses) / 20)
-        smooth = np.convolve(losses, np.ones(span) / span, mode="valid")
-        axes.plot(
-            steps[span - 1 :],
-            smooth,
-            line,
-            color=color,
-            alpha=0.5,
-            label=f"train: {name}",
-        )
-        measured = [row for row in run["history"] if "val_loss" in row]
-        axes.plot(
-            [row["step"] for row in measured],
-            [row["val_loss"] for row in measured],
-            line,
-            marker="o",
-            color=color,
-            linewidth=2,
-            label=f"validation: {name}, last {run['val_loss']:.3f}",
-        )
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("loss, nats per byte", fontsize=13)
+    """The losses of all runs."""
     parameters = next(iter(runs.values()))["parameters"]
-    axes.set_title(f"A GPT of {parameters / 1e6:.1f} M parameters on Shakespeare")
-    axes.set_ylim(top=min(4.0, axes.get_ylim()[1]))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=11)
-    figure.savefig(path, dpi=120)
+    draw_losses(
+        {name: run["history"] for name, run in runs.items()},
+        path,
+        title=f"A GPT of {parameters / 1e6:.1f} M parameters on Shakespeare",
+        unit="nats per byte",
+    )
 
 
 def main(args=None):

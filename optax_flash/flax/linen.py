@@ -50,6 +50,7 @@ class TrainState(train_state.TrainState):
         tx: optax.GradientTransformation,
         param_dtype: DTypeLike = jnp.bfloat16,
         bits: int = 24,
+        codec: str = "exact",
         keep_float32: KeepFloat32 | None = is_norm,
         **kwargs: Any,
     ) -> "TrainState":
@@ -62,6 +63,7 @@ class TrainState(train_state.TrainState):
             to float32 weights.
           param_dtype: of the params: bfloat16 or float16; float32 casts nothing.
           bits: of param and residual together: 24 or 32.
+          codec: of the residual: "exact", or "flashoptim" for the published format.
           keep_float32: ``(path, param) -> bool`` for params that stay float32, norms
             by default; None for none.
           **kwargs: fields that a subclass adds.
@@ -70,7 +72,7 @@ class TrainState(train_state.TrainState):
         state = super().create(
             apply_fn=apply_fn,
             params=half,
-            tx=with_master_weights(tx, bits),
+            tx=with_master_weights(tx, bits, codec),
             **kwargs,
         )
         opt_state = set_master_params(state.opt_state, half, params)

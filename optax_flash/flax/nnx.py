@@ -53,6 +53,7 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         wrt: Any = nnx.Param,
         param_dtype: DTypeLike = jnp.bfloat16,
         bits: int = 24,
+        codec: str = "exact",
         keep_float32: KeepFloat32 | None = is_norm,
     ):
         """Casts the model's params and makes their optimizer state.
@@ -64,13 +65,14 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
           wrt: the filter for what is trained.
           param_dtype: of the params: bfloat16 or float16; float32 casts nothing.
           bits: of param and residual together: 24 or 32.
+          codec: of the residual: "exact", or "flashoptim" for the published format.
           keep_float32: ``(path, param) -> bool`` for params that stay float32, norms
             by default; None for none.
         """
         weights = nnx.as_pure(nnx.state(model, wrt))
         half = cast_params(weights, param_dtype, keep_float32)
         nnx.update(model, half)
-        tx = with_master_weights(tx, bits)
+        tx = with_master_weights(tx, bits, codec)
 
         def init(params: optax.Params) -> optax.OptState:
             return _with_names(tx.init(params), params)

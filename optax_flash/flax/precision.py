@@ -42,7 +42,7 @@ def is_norm(path: str, param: jax.Array) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def with_master_weights(
-    tx: optax.GradientTransformation, bits: int
+    tx: optax.GradientTransformation, bits: int, codec: str = "exact"
 ) -> optax.GradientTransformationExtraArgs:
     """``master_weights`` with finished params, the same one whenever it is asked for.
 
@@ -50,4 +50,4 @@ def with_master_weights(
     from one ``tx`` must have one structure: that of a state's shapes or shardings, say,
     and that of the state.
     """
-    return master_weights(tx, bits, finished=True)
+    return master_weights(tx, bits, codec=codec, finished=True)

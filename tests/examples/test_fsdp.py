@@ -5,11 +5,11 @@ import re
 import processes
 
 SMALL = "--steps 3 --log-every 1 --depth 1 --width 64 --seq-len 32".split()
-EXAMPLE = processes.ROOT / "examples" / "fsdp" / "train.py"
+EXAMPLE = ["-m", "examples.fsdp.train"]
 
 
 def command(devices, *args):
-    return [EXAMPLE, *SMALL, "--virtual-devices", devices, *args]
+    return [*EXAMPLE, *SMALL, "--virtual-devices", devices, *args]
 
 
 def test_eight_virtual_devices():

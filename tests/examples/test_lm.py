@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -9,17 +10,17 @@ import signal
 import subprocess
 import sys
 
-import data
-import demo
 import jax
 import numpy as np
-import optimizers
 import pytest
-import train
-from checkpoint import RunFolder
 from rich.console import Console
 
 import optax_flash
+from examples.common import states
+from examples.common.config import parse
+from examples.common.memory import live_bytes
+from examples.common.run_folder import RunFolder
+from examples.lm import data, demo, gpu_train, train
 
 SEQ_LEN = 32
 
@@ -42,7 +43,7 @@ def data_dir_fixture(tmp_path_factory):
 
 @pytest.fixture(name="config")
 def config_fixture(data_dir):
-    return train.TrainConfig(
+    return train.Config(
         depth=1,
         width=64,
         heads=2,
@@ -150,7 +151,16 @@ def test_learns_more_than_byte_frequencies(config, options):
     assert losses[-1] < -0.6 * np.sum(frequencies * np.log(frequencies))
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adamw", "adam", "nadamw", "lion", "sgd", "rmsprop", "adafactor"),
+        *("adamw8", "adam8", "lion8", "sgd8", "adamw4", "adam4", "lion4", "sgd4"),
+        *("factored_adamw", "factored_adamw@companded8", "factored_adamw@companded4"),
+        *("muon", "adamw@flashoptim", "lowrank_adamw(rank=4)"),
+        *("lora_pre_adamw(rank=4)", "tamed_adamw8(threshold=1.0,relative=True)"),
+    ],
+)
 def test_every_optimizer_takes_steps(config, sources, name):
     # Each on the weights it is meant for; ours would take float32 just as well.
     param_dtype = "bfloat16" if name.endswith("8") else "float32"
@@ -159,12 +169,18 @@ def test_every_optimizer_takes_steps(config, sources, name):
     )
     batches = data.batches(sources["train"], config.batch_size, config.seed)
     state, losses = train.init_state(config), []
-    before = jax.tree.map(np.array, train.weights(state))  # copied: steps donate it
+    before = jax.tree.map(
+        np.array, states.full_weights(state)
+    )  # copied: steps donate it
     for k in range(3):
-        state, loss = train.train_step(state, batches[k])
-        losses.append(float(loss))  # the last is that of the weights after two steps
+        state, metrics = train.train_step(state, batches[k])
+        losses.append(
+            float(metrics["loss"])
+        )  # the last is that of the weights after two steps
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    moved = jax.tree.map(lambda p, q: (p != q).any(), train.weights(state), before)
+    moved = jax.tree.map(
+        lambda p, q: (p != q).any(), states.full_weights(state), before
+    )
     assert all(map(bool, jax.tree.leaves(moved)))
 
 
@@ -182,7 +198,7 @@ def test_weights_are_stored_as_asked(config, options, dtype, residual):
     assert state.params["embed"]["embedding"].dtype == dtype
     assert state.params["RMSNorm_0"]["scale"].dtype == "float32"
     params = sum(p.size for p in jax.tree.leaves(state.params))
-    held = train.live_bytes(state)["residual"] / params
+    held = live_bytes(state)["residual"] / params
     assert held == pytest.approx(residual, rel=0.01)
 
 
@@ -224,12 +240,130 @@ def flat(params):
     ]
 
 
+# --- decoders
+
+
+def tokens_of(config):
+    rng = np.random.default_rng(0)
+    shape = config.batch_size, config.seq_len + 1
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def decoder_config(config, **options):
+    return dataclasses.replace(config, depth=2, seq_len=16, **options)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_attention_remat_and_release_are_the_same_training(config, architecture):
+    """They differ in memory alone: losses and weights are those of the plain step."""
+    found = {}
+    for name, options in {
+        "plain": dict(attention="plain"),
+        "remat": dict(remat=True),
+        "released": dict(release=True),
+    }.items():
+        # At norm 0 nothing is clipped: released layers would be clipped alone.
+        changes = dict(architecture=architecture, optimizer="sgd8", clip=0.0, warmup=0)
+        this = decoder_config(config, **changes, **options)
+        state, tokens = train.init_state(this), tokens_of(this)
+        step = train.released_step(0.0) if this.release else train.train_step
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, tokens)
+            losses.append(float(metrics["loss"]))
+        found[name] = losses, states.full_weights(state)
+    losses, weights = found["plain"]
+    assert losses[-1] < losses[0]
+    for name in ("remat", "released"):
+        np.testing.assert_allclose(found[name][0], losses, rtol=1e-4)
+        for a, b in zip(
+            jax.tree.leaves(found[name][1]), jax.tree.leaves(weights), strict=True
+        ):
+            np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_no_decoder_sees_the_future(config, architecture):
+    this = decoder_config(config, architecture=architecture, attention="plain")
+    state, tokens = train.init_state(this), tokens_of(this)
+    sizes = train.model(this)[1]
+
+    def loss_until(tokens, time):
+        """The sum of the losses of the first bytes."""
+        return time * float(sizes(state.params, tokens[:, : time + 1]))
+
+    other = tokens.copy()
+    other[:, 10:] += 1
+    assert loss_until(other, 9) == loss_until(tokens, 9)
+    assert loss_until(other, 12) != loss_until(tokens, 12)
+
+
+def test_sizes_are_those_of_the_models_they_are_named_after():
+    config = train.Config(
+        architecture="gpt2", depth=12, width=768, heads=12, seq_len=1024, vocab=50257
+    )
+    assert count(config) == 124_439_808  # GPT-2's
+    config = dataclasses.replace(config, depth=48, width=1600, heads=25)
+    assert count(config) == 1_557_611_200  # GPT-2 XL's
+    config = train.Config(
+        architecture="llama", depth=22, width=2048, heads=16, seq_len=64, vocab=32000
+    )
+    # Embedding and head; four matrices of attention, three of the MLP, two norms; one.
+    hidden = 5472  # 8 / 3 of the width, in whole groups
+    layer = 4 * 2048**2 + 3 * 2048 * hidden + 2 * 2048
+    assert count(config) == 2 * 32000 * 2048 + 22 * layer + 2048
+
+
+def count(config) -> int:
+    """The params of a model, from its shapes."""
+    init, _ = train.model(config)
+    weights = jax.eval_shape(init, jax.random.key(0))
+    return sum(p.size for p in jax.tree.leaves(weights))
+
+
+def test_a_released_run_holds_no_gradients_and_resumes(config, tmp_path):
+    changes = dict(architecture="llama", release=True, steps=4, warmup=1, save_every=2)
+    config = decoder_config(config, **changes, eval_every=4)
+    whole = train.train(config, TEXTS)
+    assert whole.summary["bytes"]["gradients"] == 0
+    assert whole.summary["gradient_norm"] is None
+    out = str(tmp_path)
+    train.train(dataclasses.replace(config, out=out, stop_at=2), TEXTS)
+    resumed = train.train(dataclasses.replace(config, out=out, resume=True), TEXTS)
+    assert resumed.history == whole.history
+    for a, b in zip(
+        jax.tree.leaves(resumed.state), jax.tree.leaves(whole.state), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_what_a_model_cannot_do_is_said(config, tmp_path):
+    with pytest.raises(ValueError, match="'gpt' has fused attention"):
+        dataclasses.replace(config, release=True)
+    with pytest.raises(ValueError, match="vocab is 100"):
+        dataclasses.replace(config, vocab=100)
+    missing = dataclasses.replace(config, text="kernel", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="make kernel-docs"):
+        train.train(missing)
+
+
+def test_kernel_docs_are_read_by_folders(tmp_path):
+    folder = tmp_path / "kernel-docs"
+    for name in ("mm/a.rst", "mm/b.txt.gz", "mm/c.svg", "translations/d.rst", "e.rst"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = name.encode() * 3000
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    expected = b"mm/a.rst" * 3000 + b"\n" + b"mm/b.txt.gz" * 3000
+    assert data.kernel_docs(tmp_path) == {"mm": expected}
+
+
 # --- interruption
 
 DIES = """
 import json, os, signal, sys
-import train
-config = train.TrainConfig(**json.loads(sys.argv[1]))
+from examples.lm import train
+config = train.Config(**json.loads(sys.argv[1]))
 texts = {name: text.encode() for name, text in json.loads(sys.argv[2]).items()}
 left = 20
 def hook(event, args):
@@ -243,12 +377,10 @@ train.train(config, texts)
 """
 
 
-def killed_in_its_last_save(config: train.TrainConfig) -> None:
+def killed_in_its_last_save(config: train.Config) -> None:
     """Trains in a process that dies while it writes the last checkpoint."""
-    example = pathlib.Path(train.__file__).parent
-    folders = [str(example), str(pathlib.Path(optax_flash.__file__).parents[1])]
     variables = {
-        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONPATH": str(pathlib.Path(optax_flash.__file__).parents[1]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
@@ -264,7 +396,7 @@ def killed_in_its_last_save(config: train.TrainConfig) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
-def saved(config: train.TrainConfig):
+def saved(config: train.Config):
     """The newest train state in the run's folder."""
     state = train.init_state(config)
     return RunFolder(config.out, state, resume=True).restore(state)
@@ -304,7 +436,7 @@ def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 
-def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
+def test_checkpoint_of_other_codecs_is_refused(config, tmp_path):
     config = dataclasses.replace(config, steps=2, warmup=0, stop_at=1)
     config = dataclasses.replace(config, out=str(tmp_path))
     train.train(config, TEXTS)
@@ -314,10 +446,7 @@ def test_checkpoint_of_other_codecs_is_refused(config, tmp_path, monkeypatch):
             train.train(dataclasses.replace(config, **other), TEXTS)
 
     # The hard case: codes of the same shapes and dtypes, with another meaning.
-    def flashoptim(learning_rate, weight_decay):
-        return optax_flash.adamw8(learning_rate, codecs="flashoptim")
-
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8", (flashoptim, 1e-3))
+    config = dataclasses.replace(config, optimizer="adamw8(codecs='flashoptim')")
     with pytest.raises(ValueError, match="Companded8.*FlashOptim8"):
         train.train(config, TEXTS)
 
@@ -334,14 +463,18 @@ def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
 # --- command line and demo
 
 
+def command_line(line: str) -> train.Config:
+    return parse(train.Config, None, line.split())
+
+
 def test_command_line():
-    assert train.parse([]) == train.TrainConfig()
-    parsed = train.parse("--master-bits none --learning-rate 1e-4 --steps 7".split())
-    assert parsed == train.TrainConfig(master_bits=None, learning_rate=1e-4, steps=7)
-    assert train.parse("--out runs --resume".split()).resume
+    assert command_line("") == train.Config()
+    parsed = command_line("--master-bits none --learning-rate 1e-4 --steps 70")
+    assert parsed == train.Config(master_bits=None, learning_rate=1e-4, steps=70)
+    assert command_line("--out runs --resume").resume
     for wrong in ("--resume", "--master-bits 16", "--optimizer adamw9"):
         with pytest.raises(SystemExit):
-            train.parse(wrong.split())
+            command_line(wrong)
 
 
 def test_demo_compares_two_runs(config, tmp_path):
@@ -366,3 +499,32 @@ def test_demo_compares_two_runs(config, tmp_path):
     with console.capture() as capture:
         console.print(demo.table(runs))
     assert "total, bytes per parameter" in capture.get()
+
+
+def test_gpu_train_compares_equal_steps(config, tmp_path, monkeypatch, capsys):
+    """Here on a CPU, in this process, and with few steps."""
+    ran = []
+
+    def in_this_process(line):
+        assert line[1:3] == ["-m", "examples.lm.train"]
+        this = parse(train.Config, None, line[3:])
+        ran.append((this.optimizer, this.param_dtype, this.steps))
+        train.train(this, TEXTS)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(gpu_train.subprocess, "run", in_this_process)
+    monkeypatch.setattr(gpu_train, "TRIAL", 3)
+    file = tmp_path / "config.toml"
+    sizes = 'depth = 1\nwidth = 64\nheads = 2\nseq_len = 16\narchitecture = "gpt2"\n'
+    file.write_text(sizes + f'report_every = 0\ndata_dir = "{config.data_dir}"\n')
+    out = tmp_path / "out"
+    line = ["--minutes", "1e-6", "--config", str(file), "--out", str(out)]
+    gpu_train.main(line)
+    both = [("adamw", "float32", 3), ("adamw8", "bfloat16", 3)]
+    assert ran == both + both
+    printed = capsys.readouterr().out
+    assert "tokens per second" in printed and "3 steps" in printed
+    runs = json.loads((out / "gpu_train.json").read_text())
+    assert [run["steps"] for run in runs.values()] == [3, 3]
+    gpu_train.main(line)  # finds what is there
+    assert ran == both + both

@@ -18,6 +18,8 @@ from jax.sharding import AxisType
 
 import optax_flash
 import optax_flash.flax
+from examples.common.optimizers import make_optimizer
+from examples.lm.model import GPT, GPTConfig
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from h100 import compile_step, inspect, mesh_of, sharded_like  # noqa: E402
@@ -211,11 +213,6 @@ def test_a_shard_of_a_huge_leaf_may_be_small_enough():
 
 
 def test_a_whole_train_step_has_one_kernel_for_a_matrix():
-    lm = pathlib.Path(__file__).parents[2] / "examples" / "lm"
-    sys.path.insert(0, str(lm))
-    from model import GPT, GPTConfig
-    from optimizers import make_optimizer
-
     model = GPT(GPTConfig(depth=3, width=256))
     tx = make_optimizer("adamw8", steps=100, warmup=10)
 
