@@ -47,8 +47,9 @@ def number(value: float | None, digits: int = 4) -> str:
         return "0"
     if abs(value) < 1e-4 or abs(value) >= 1e9:
         return f"{value:.{digits - 1}g}".replace("-", MINUS)
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}".replace("-", MINUS)
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, decimals)
+    return f"{rounded:,.{max(0, decimals)}f}".replace("-", MINUS)
 
 
 def percent(share: float | None, *, signed: bool = True) -> str:
