@@ -364,7 +364,10 @@ def _matrix(document: Document, model: str) -> str:
         if cells
     ]
     head = ["Criterion", *[tag("code", text(name)) for name in names]]
-    return table(head, rows, caption="Verdicts by condition") if rows else ""
+    if not rows:
+        return ""
+    made = table(head, rows, caption="Verdicts by condition")
+    return tag("div", made, class_="matrix")
 
 
 def _matrix_cell(criterion: Mapping[str, Any], cell: Mapping[str, Any] | None) -> str:

@@ -134,7 +134,9 @@ def _overall(kind: str, cells: Sequence[Cell]) -> tuple[str, str]:
 def _cases(cells: Sequence[Cell], most: int = 4) -> str:
     """Which they are, while few."""
     if len(cells) > most:
-        return f"{len(cells)} cases"
+        names = list(dict.fromkeys(cell["condition"] for cell in cells))
+        of = f": {listed(names)}" if len(names) <= most else ""
+        return f"{len(cells)} cases{of}"
     return listed([f"{cell['condition']} on {cell['model']}" for cell in cells])
 
 
@@ -341,16 +343,19 @@ def _success(document: Document, criteria: Sequence[Mapping[str, Any]]) -> list[
         everywhere = "" if len(by[MET]) == len(criteria) else f" of {len(criteria)}"
         count = _count(by[MET], "success criterion", everywhere)
         parts.append(f"{count} {_are(by[MET])} met by every condition")
-    for criterion in by[MISSED]:
+    for criterion in by[MISSED][:3]:
         who = _who(document, criterion, MISSED)
         parts.append(f"“{criterion['name']}” is missed by {who}")
+    if more := by[MISSED][3:]:
+        parts.append(f"{len(more)} more {_are(more)} missed")
     if undecided:
         count = _count(undecided, "success criterion")
         parts.append(f"{count} {_are(undecided)} not testable here")
     clean = _clean(document, criteria)
     if by[MISSED] and clean:
         titles = [doc.title(document, "conditions", name) for name in clean]
-        parts.append(f"{listed(titles)} miss{'es' if len(clean) == 1 else ''} none")
+        who = listed(titles) if len(clean) < 3 else f"{len(clean)} conditions"
+        parts.append(f"{who} miss{'es' if len(clean) == 1 else ''} none")
     return parts
 
 
@@ -382,11 +387,14 @@ def _clean(document: Document, criteria: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _who(document: Document, criterion: Mapping[str, Any], verdict: str) -> str:
-    """The conditions with a verdict, and where it is not on all models, on which."""
+    """The conditions with a verdict on some model, by title while few."""
     cells = criterion["cells"]
     names = dict.fromkeys(c["condition"] for c in cells if c["verdict"] == verdict)
-    if len(names) > 1 and len(names) == len({c["condition"] for c in cells}):
+    count = len({cell["condition"] for cell in cells})
+    if 1 < len(names) == count:
         return "every condition"
+    if len(names) > 2:
+        return f"{len(names)} of {count} conditions"
     return listed([doc.title(document, "conditions", name) for name in names])
 
 
