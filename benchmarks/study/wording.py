@@ -123,7 +123,7 @@ def change(metric: str, compare: str, value: float | None) -> str:
         return percent(value).replace(f"{NARROW}%", f"{NARROW}points")
     if _is_bytes(metric) or metric in TIMES:
         return sign + amount(metric, value)
-    return sign + number(value, 3)
+    return sign + number(value, 3 if abs(value) >= 0.1 else 2)
 
 
 def span(metric: str, compare: str, low: float, high: float) -> str:
