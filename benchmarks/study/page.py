@@ -5,7 +5,7 @@ import html
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import document as doc
@@ -23,6 +23,7 @@ from .wording import (
     label,
     number,
     percent,
+    span,
 )
 
 STYLE = pathlib.Path(__file__).with_name("page.css")
@@ -31,13 +32,15 @@ KINDS = {
     "failure": ("Failure criteria", "Met: the bad thing happened."),
     "abort": ("Abort criteria", "Met: no run had to be stopped."),
 }
+HAPPENED = {MET: f"{MET}: it happened", MISSED: f"{MISSED}: it did not happen"}
 RELATIVE = ("bytes", "peak_bytes", "checkpoint_bytes", "units_per_second")
 RELATIVE += ("seconds", "step_seconds", "gradient_norm")
 """Metrics whose changes read best as shares of the reference."""
+PERCENT = f"{100 * CONFIDENCE:.0f} %"
 METHOD = f"""\
 A seed decides the first weights and the data, the same for all conditions, so runs are
 compared in pairs with the reference's run of the same seed. Intervals are Student's,
-{CONFIDENCE:.0%}, of the mean difference. Effect: mean difference over the differences'
+{PERCENT}, of the mean difference. Effect: mean difference over the differences'
 standard deviation, with Hedges' correction for few pairs, so it is known from three
 seeds on. p: paired t-test, two-sided; adjusted with Holm's method over all {{count}}
 tests of this study. Verdicts follow the intervals alone: met where all of the interval
@@ -112,8 +115,8 @@ def page(document: Document) -> str:
     body = [
         tag("h1", text(title)),
         _state(document),
-        f'<div class="answer">{tag("p", text(found["answer"]))}</div>',
-        section("The question", paragraphs(study.get("question"))),
+        paragraphs(study.get("question")),
+        tag("div", tag("p", text(found["answer"])), class_="answer"),
         section("Verdicts", *_verdict_tables(document)),
         section("Setting", _setting(document), _conditions(document)),
         *[_model(document, model) for model in doc.models(document)],
@@ -200,7 +203,8 @@ def chip(kind: str, verdict: str) -> str:
     """A verdict in colour, for a failure criterion the other way round."""
     good, bad = (MISSED, MET) if kind == "failure" else (MET, MISSED)
     look, mark = {good: ("good", "✓"), bad: ("bad", "✗")}.get(verdict, ("open", "?"))
-    return tag("span", f"{mark} {text(verdict)}", class_=f"chip {look}")
+    words = HAPPENED.get(verdict, verdict) if kind == "failure" else verdict
+    return tag("span", f"{mark} {text(words)}", class_=f"chip {look}")
 
 
 # The parts of the page.
@@ -360,7 +364,10 @@ def _matrix(document: Document, model: str) -> str:
         if cells
     ]
     head = ["Criterion", *[tag("code", text(name)) for name in names]]
-    return table(head, rows, caption="Verdicts by condition") if rows else ""
+    if not rows:
+        return ""
+    made = table(head, rows, caption="Verdicts by condition")
+    return tag("div", made, class_="matrix")
 
 
 def _matrix_cell(criterion: Mapping[str, Any], cell: Mapping[str, Any] | None) -> str:
@@ -374,34 +381,41 @@ def _matrix_cell(criterion: Mapping[str, Any], cell: Mapping[str, Any] | None) -
 
 def _overview(document: Document, model: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Conditions x metrics: means, and below them the change with its interval."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
     at = {(row["condition"], row["metric"]): row for row in rows}
+    metrics = dict.fromkeys(row["metric"] for row in rows)
+    names = [
+        name
+        for name in doc.conditions(document, model)
+        if any(row["condition"] == name for row in rows)
+    ]
     unit = units(document, model)
-    body = []
-    for name in doc.conditions(document, model):
-        cells = [_overview_cell(at.get((name, m)), unit) for m in metrics]
-        if any(cells):
-            body.append([tag("code", text(name)), *cells])
     return table(
-        ["Condition", *[text(label(metric)) for metric in metrics]],
-        body,
+        ["Metric", *[tag("code", text(name)) for name in names]],
+        [
+            [
+                text(label(metric)),
+                *[_overview_cell(at.get((name, metric)), unit) for name in names],
+            ]
+            for metric in metrics
+        ],
         caption="Means over seeds; below, the paired difference to the reference and "
-        f"its {CONFIDENCE:.0%} interval",
-        numbers=range(1, len(metrics) + 1),
+        f"its {PERCENT} interval",
+        numbers=range(1, len(names) + 1),
     )
 
 
 def _overview_cell(row: Mapping[str, Any] | None, unit: str) -> str:
     if row is None:
         return ""
-    mean = text(amount(row["metric"], row["mean"], unit))
+    metric = row["metric"]
+    mean = text(amount(metric, row["mean"], unit))
     compare, found = _shown(row)
     if found is None:
         return mean
-    below = change(row["metric"], compare, found["mean"])
+    below = [change(metric, compare, found["mean"])]
     if found["low"] is not None and found["low"] != found["high"]:
-        below += f" [{_ends(row['metric'], compare, found)}]"
-    return mean + tag("small", text(below))
+        below.append(span(metric, compare, found["low"], found["high"]))
+    return mean + "".join(tag("small", text(line)) for line in below)
 
 
 def _shown(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
@@ -411,14 +425,6 @@ def _shown(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
     return compare, row[compare]
 
 
-def _ends(metric: str, compare: str, found: Mapping[str, Any]) -> str:
-    ends = [change(metric, compare, found[end]) for end in ("low", "high")]
-    unit = ends[0].partition("\N{NO-BREAK SPACE}")[2]
-    if unit and ends[1].endswith(unit):
-        ends[0] = ends[0].removesuffix(f"\N{NO-BREAK SPACE}{unit}")
-    return ", ".join(ends)
-
-
 def _long_table(
     document: Document, model: str, rows: Sequence[Mapping[str, Any]]
 ) -> str:
@@ -426,7 +432,7 @@ def _long_table(
     body = []
     for row in rows:
         compare, found = _shown(row)
-        ends = None if found is None else found["low"]
+        ends = found and found["low"] is not None
         body.append(
             [
                 text(label(row["metric"])),
@@ -436,7 +442,9 @@ def _long_table(
                 ""
                 if not found
                 else text(change(row["metric"], compare, found["mean"])),
-                "" if ends is None else text(_ends(row["metric"], compare, found)),
+                text(span(row["metric"], compare, found["low"], found["high"]))
+                if ends
+                else "",
                 "" if row["effect"] is None else text(number(row["effect"], 2)),
                 _p(row["p"]),
                 _p(row["p_adjusted"]),
@@ -509,11 +517,11 @@ def _dollars(value: float) -> str:
 def _saved(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    share: Callable[[float], str] = percent
+    mean = text(percent(found["mean"]))
     if found["low"] is None:
-        return text(share(found["mean"]))
-    ends = _ends("seconds", "relative", found)
-    return text(share(found["mean"])) + tag("small", text(f"[{ends}]"))
+        return mean
+    ends = span("seconds", "relative", found["low"], found["high"])
+    return mean + tag("small", text(ends))
 
 
 def _events(document: Document) -> str:

@@ -79,10 +79,10 @@ def plots(document: Document, model: str, rows: Sequence[Row]) -> list[Plot]:
         found = [
             _losses(document, model),
             _validation(document, model),
-            _memory(document, model),
             _quality(document, model, rows),
-            _throughput(document, model, rows),
             _gradient_norms(document, model),
+            _memory(document, model),
+            _throughput(document, model, rows),
         ]
     return [plot for plot in found if plot is not None]
 
@@ -317,8 +317,8 @@ def _quality(document: Document, model: str, rows: Sequence[Row]) -> Plot | None
     figure.legend(loc="outside lower center", ncols=_columns(points), frameon=False)
     better = "Less" if metric in LESS_IS_BETTER else "More"
     note = (
-        f"Paired differences with their {CONFIDENCE:.0%} intervals. {better} is better;"
-        " further left is smaller."
+        f"Paired differences with their {100 * CONFIDENCE:.0f} % intervals. "
+        f"{better} is better; further left is smaller."
     )
     alt = "; ".join(
         f"{n}: {number(size, 3)} bytes, {number(scale * mean, 3)}"

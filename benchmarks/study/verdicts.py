@@ -17,7 +17,7 @@ from typing import Any
 from . import document as doc
 from .document import Document, Run
 from .statistics import CONFIDENCE, interval, seeds_to_decide
-from .wording import amount, change, listed
+from .wording import amount, change, listed, span
 
 MET, MISSED, NOT_TESTABLE = "met", "missed", "not testable here"
 SLACK = 1e-9
@@ -134,7 +134,9 @@ def _overall(kind: str, cells: Sequence[Cell]) -> tuple[str, str]:
 def _cases(cells: Sequence[Cell], most: int = 4) -> str:
     """Which they are, while few."""
     if len(cells) > most:
-        return f"{len(cells)} cases"
+        names = list(dict.fromkeys(cell["condition"] for cell in cells))
+        of = f": {listed(names)}" if len(names) <= most else ""
+        return f"{len(cells)} cases{of}"
     return listed([f"{cell['condition']} on {cell['model']}" for cell in cells])
 
 
@@ -249,19 +251,17 @@ def _decided(criterion: Criterion, values: Sequence[float], note: str) -> Cell:
     if math.isnan(found.low):
         why = f"one seed, {seen}, says nothing of others{note}"
         return _verdict(NOT_TESTABLE, why, **numbers)
-    ends = (
-        f"{change(metric, compare, found.low)} to {change(metric, compare, found.high)}"
-    )
+    ends = span(metric, compare, found.low, found.high)
     least, most = _bounds(criterion)
     inside = found.low >= least and found.high <= most
     if inside or found.low > most or found.high < least:
-        why = seen if found.low == found.high else f"{seen}, {ends}"
+        why = seen if found.low == found.high else f"{seen} {ends}"
         return _verdict(MET if inside else MISSED, why + note, **numbers)
     nearest = min((least, most), key=lambda bound: abs(found.mean - bound))
     needed = seeds_to_decide(found, nearest)
     about = "more than 1000 seeds" if needed is None else f"about {needed} seeds"
     why = (
-        f"{seen}, but the {CONFIDENCE:.0%} interval, {ends}, holds the bound; "
+        f"{seen}, but the {100 * CONFIDENCE:.0f} % interval {ends} holds the bound; "
         f"{about} would decide{note}"
     )
     return _verdict(NOT_TESTABLE, why, **numbers, seeds_to_decide=needed)
@@ -342,16 +342,20 @@ def _success(document: Document, criteria: Sequence[Mapping[str, Any]]) -> list[
     if by[MET]:
         everywhere = "" if len(by[MET]) == len(criteria) else f" of {len(criteria)}"
         count = _count(by[MET], "success criterion", everywhere)
-        parts.append(f"{count} met by every condition")
-    if by[MISSED]:
-        missed = [f"“{c['name']}” by {_who(document, c, MISSED)}" for c in by[MISSED]]
-        parts.append(f"missed: {listed(missed)}")
+        parts.append(f"{count} {_are(by[MET])} met by every condition")
+    for criterion in by[MISSED][:3]:
+        who = _who(document, criterion, MISSED)
+        parts.append(f"“{criterion['name']}” is missed by {who}")
+    if more := by[MISSED][3:]:
+        parts.append(f"{len(more)} more {_are(more)} missed")
     if undecided:
-        parts.append(f"{_count(undecided, 'success criterion')} not testable here")
+        count = _count(undecided, "success criterion")
+        parts.append(f"{count} {_are(undecided)} not testable here")
     clean = _clean(document, criteria)
     if by[MISSED] and clean:
         titles = [doc.title(document, "conditions", name) for name in clean]
-        parts.append(f"{listed(titles)} miss{'es' if len(clean) == 1 else ''} none")
+        who = listed(titles) if len(clean) < 3 else f"{len(clean)} conditions"
+        parts.append(f"{who} miss{'es' if len(clean) == 1 else ''} none")
     return parts
 
 
@@ -361,13 +365,14 @@ def _failure(document: Document, criteria: Sequence[Mapping[str, Any]]) -> list[
     happened = [c for c in criteria if c["verdict"] == MET]
     undecided = [c for c in criteria if c["verdict"] == NOT_TESTABLE]
     parts = [
-        f"failure criterion “{c['name']}” met by {_who(document, c, MET)}"
+        f"failure criterion “{c['name']}” is met by {_who(document, c, MET)}"
         for c in happened
     ]
     if not happened and not undecided:
-        parts.append("no failure criterion met")
+        parts.append("no failure criterion is met")
     elif undecided:
-        parts.append(f"{_count(undecided, 'failure criterion')} not testable here")
+        count = _count(undecided, "failure criterion")
+        parts.append(f"{count} {_are(undecided)} not testable here")
     return parts
 
 
@@ -382,12 +387,19 @@ def _clean(document: Document, criteria: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _who(document: Document, criterion: Mapping[str, Any], verdict: str) -> str:
-    """The conditions with a verdict, and where it is not on all models, on which."""
+    """The conditions with a verdict on some model, by title while few."""
     cells = criterion["cells"]
     names = dict.fromkeys(c["condition"] for c in cells if c["verdict"] == verdict)
-    if len(names) > 1 and len(names) == len({c["condition"] for c in cells}):
+    count = len({cell["condition"] for cell in cells})
+    if 1 < len(names) == count:
         return "every condition"
+    if len(names) > 2:
+        return f"{len(names)} of {count} conditions"
     return listed([doc.title(document, "conditions", name) for name in names])
+
+
+def _are(criteria: Sequence[Any]) -> str:
+    return "is" if len(criteria) == 1 else "are"
 
 
 def _count(criteria: Sequence[Any], noun: str, of: str = "") -> str:

@@ -47,8 +47,9 @@ def number(value: float | None, digits: int = 4) -> str:
         return "0"
     if abs(value) < 1e-4 or abs(value) >= 1e9:
         return f"{value:.{digits - 1}g}".replace("-", MINUS)
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}".replace("-", MINUS)
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, decimals)
+    return f"{rounded:,.{max(0, decimals)}f}".replace("-", MINUS)
 
 
 def percent(share: float | None, *, signed: bool = True) -> str:
@@ -122,7 +123,16 @@ def change(metric: str, compare: str, value: float | None) -> str:
         return percent(value).replace(f"{NARROW}%", f"{NARROW}points")
     if _is_bytes(metric) or metric in TIMES:
         return sign + amount(metric, value)
-    return sign + number(value, 3)
+    return sign + number(value, 3 if abs(value) >= 0.1 else 2)
+
+
+def span(metric: str, compare: str, low: float, high: float) -> str:
+    """An interval of a compared value, in brackets, its unit written once."""
+    first, last = change(metric, compare, low), change(metric, compare, high)
+    unit = first.partition(NARROW)[2]
+    if unit and last.endswith(NARROW + unit):
+        first = first.removesuffix(NARROW + unit)
+    return f"[{first}, {last}]"
 
 
 def _is_bytes(metric: str) -> bool:
@@ -147,13 +157,14 @@ def _bound(metric: str, compare: str, value: float) -> str:
     """As it was written, without digits that nobody asked for."""
     if compare == "relative" or metric in SHARES:
         unit = "%" if compare in ("relative", "value") else "points"
-        text = f"{100 * value:g}{NARROW}{unit}"
+        sign = "" if compare == "value" else "+"
+        text = f"{100 * value:{sign}g}{NARROW}{unit}"
     elif compare == "ratio":
         text = f"×{NARROW}{value:g}"
     elif _is_bytes(metric) or metric in TIMES:
         text = amount(metric, value)
     else:
-        text = f"{value:g}"
+        text = f"{value:{'+' if compare == 'difference' else ''}g}"
     return text.replace("-", MINUS)
 
 

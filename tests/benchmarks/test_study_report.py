@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from benchmarks.study import statistics
 from benchmarks.study.costs import costs
+from benchmarks.study.document import reference
 from benchmarks.study.page import markdown, page, report, results
+from benchmarks.study.plots import curve
 from benchmarks.study.verdicts import MET, MISSED, NOT_TESTABLE, judge, verdicts
 
 CRITERIA = [
@@ -379,6 +381,39 @@ def test_accidents_count_one_by_one():
     assert judged(broken(document, "aborted"))["verdict"] == MISSED
 
 
+def test_a_reference_that_broke_down_is_not_held_against_others():
+    document = document_of([0.0, 0.0, 0.0], criterion_of(at_most=0.01))
+    for run in document["runs"]:
+        if run["seed"] == 1:
+            run["status"] = "diverged"
+    cell = judged(document)
+    assert (cell["verdict"], cell["seeds"]) == (MET, 2)
+    assert "1 seed is missing" in cell["why"]
+    for run in document["runs"]:
+        run["status"] = "diverged"
+    cell = judged(document)
+    assert cell["verdict"] == NOT_TESTABLE
+    assert cell["why"] == "every run of float32 broke down"
+
+
+def test_a_number_on_its_bound_is_within():
+    document = document_of([0.0], criterion_of("peak_bytes.live", at_most=-0.2))
+    for run in document["runs"]:
+        live = 800 if run["condition"] == "int8" else 1000
+        run["summary"]["peak_bytes"]["live"] = live
+    assert 800 / 1000 - 1 > -0.2  # in floats
+    assert judged(document)["verdict"] == MET
+
+
+def test_conditions_may_have_references_of_their_own():
+    document = study_document()
+    more = {"lion": {}, "lion8": {"reference": "lion"}}
+    document["study"]["conditions"] = {**CONDITIONS, **more}
+    names = ("float32", "int8", "lion", "lion8")
+    found = [reference(document, name) for name in names]
+    assert found == [None, "float32", None, "lion"]
+
+
 # --- costs
 
 
@@ -401,6 +436,19 @@ def test_a_gpu_has_a_price_and_a_cpu_none():
     assert row["saved"]["mean"] == pytest.approx(np.mean(saved))
     document["machine"]["device"] = "A potato"
     assert "no price for A potato" in costs(document, prices)["why"]
+
+
+def test_curves_of_seeds_that_stopped_early():
+    runs = [
+        {"curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}},
+        {"curve": {"step": [1, 2], "loss": [5.0, math.nan]}},
+        {"curve": None},
+        {},
+    ]
+    found = curve(runs, "curve", "loss")
+    assert found.mean.tolist() == [4.0, 2.0, 1.0]
+    assert found.high.tolist() == [5.0, 2.0, 1.0]
+    assert curve(runs, "curve", "grad_norm") is None
 
 
 # --- the page
