@@ -38,8 +38,6 @@ def main(args: Sequence[str] | None = None) -> int:
     """0 if every run has a result, 1 if some failed, 2 if the question is wrong."""
     options = _parser().parse_args(args)
     console = Console()
-    given = sys.argv[1:] if args is None else args
-    command = shlex.join(["python", "-m", "benchmarks.study", *given])
     try:
         if options.command == "report":
             return _report(options.folder, console)
@@ -50,8 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
             for study in studies:
                 _list(study, _chosen(study, options.only), console)
             return 0
-        codes = [_run(study, options, command, console) for study in studies]
-        return max(codes)
+        pairs = zip(studies, options.files, strict=True)
+        return max([_run(study, file, options, console) for study, file in pairs])
     except (DefinitionError, ResultsError) as error:
         Console(stderr=True).print(str(error), markup=False, soft_wrap=True)
         return 2
@@ -73,7 +71,7 @@ def _read(files: Sequence[pathlib.Path], preset: str) -> list[Study]:
     return studies
 
 
-def _run(study: Study, options, command: str, console: Console) -> int:
+def _run(study: Study, file: pathlib.Path, options, console: Console) -> int:
     """Makes a study's runs and its page.
 
     Raises:
@@ -82,7 +80,9 @@ def _run(study: Study, options, command: str, console: Console) -> int:
     name = f"{study.name}_{study.preset}"
     folder = options.out or ROOT / "benchmarks/results/studies" / name
     work = options.out / "work" if options.out else ROOT / "runs/studies" / name
-    results = Results(folder, study, command)
+    command = ["python", "-m", "benchmarks.study", "run", str(file)]
+    command += ["--preset", study.preset]
+    results = Results(folder, study, shlex.join(command))
     chosen = {run.name for run in _chosen(study, options.only)}
     if options.retry:
         results.forget_failed()

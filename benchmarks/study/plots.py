@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ BYTES = ("weights", "residual", "optimizer state", "gradients")
 SHADES = ("#1f4e79", "#6fa8dc", "#e69f00", "#c9c9c9")
 FAVOURITES = ("perplexity", "accuracy", "sharpe")
 LESS_IS_BETTER = ("metrics.perplexity", "val_loss")
+PARTS = 40
+"""Of a curve as it is drawn."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "study",  # the same data makes the same file
@@ -106,6 +109,8 @@ def styles(document: Document) -> dict[str, dict[str, Any]]:
 def curve(runs: Iterable[Run], kind: str, key: str) -> Curve | None:
     """Curves of seeds as one; steps that a seed did not reach are of the others.
 
+    A long curve is drawn by the means of PARTS parts: of single batches none is seen.
+
     Args:
       runs: of one condition.
       kind: "curve" or "validation".
@@ -114,12 +119,16 @@ def curve(runs: Iterable[Run], kind: str, key: str) -> Curve | None:
     Returns:
       None where no run has a finite value.
     """
+    curves = [_known(run.get(kind) or {}, key) for run in runs]
+    steps = {step for found in curves for step in found}
+    width = math.ceil(max(steps, default=0) / PARTS) if len(steps) > PARTS else 1
     at: dict[int, list[float]] = {}
-    for run in runs:
-        part = run.get(kind) or {}
-        for step, value in zip(part.get("step", ()), part.get(key, ()), strict=False):
-            if doc.known([value]):
-                at.setdefault(step, []).append(value)
+    for found in curves:
+        parts: dict[int, list[float]] = {}
+        for step, value in found.items():
+            parts.setdefault(width * math.ceil(step / width), []).append(value)
+        for step, values in parts.items():
+            at.setdefault(step, []).append(float(np.mean(values)))
     if not at:
         return None
     steps = sorted(at)
@@ -182,13 +191,14 @@ def _gradient_norms(document: Document, model: str) -> Plot | None:
     )
 
 
-def _ratio(run: Run, base: Run) -> dict[str, list[float]]:
-    def norms(some: Run) -> dict[int, float]:
-        part = some.get("curve") or {}
-        pairs = zip(part.get("step", ()), part.get("grad_norm", ()), strict=False)
-        return {step: norm for step, norm in pairs if doc.known([norm])}
+def _known(part: Mapping[str, Any], key: str) -> dict[int, float]:
+    """The finite values of a curve by step."""
+    pairs = zip(part.get("step", ()), part.get(key, ()), strict=False)
+    return {step: value for step, value in pairs if doc.known([value])}
 
-    own, other = norms(run), norms(base)
+
+def _ratio(run: Run, base: Run) -> dict[str, list[float]]:
+    own, other = (_known(x.get("curve") or {}, "grad_norm") for x in (run, base))
     steps = [step for step in own if other.get(step)]
     return {"step": steps, "grad_norm": [own[step] / other[step] for step in steps]}
 
