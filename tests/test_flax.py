@@ -1,5 +1,7 @@
 """Train states for linen and nnx: precision, equality with the plain update, jit."""
 
+import sys
+
 import chex
 import flax.linen as nn
 import jax
@@ -224,3 +226,12 @@ class TestNnx:
 )
 def test_is_norm(path, ndim, expected):
     assert is_norm(path, jnp.zeros((4,) * ndim)) is expected
+
+
+def test_without_flax_the_error_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("optax_flash.flax")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(optax_flash, "flax")
+    monkeypatch.setitem(sys.modules, "flax", None)
+    with pytest.raises(ImportError, match=r"pip install \"optax_flash\[flax\]\""):
+        _ = optax_flash.flax

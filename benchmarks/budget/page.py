@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality.comparison import CONFIDENCE
+
+from benchmarks.study.statistics import CONFIDENCE
 
 Row = Mapping[str, Any]
 

@@ -1,54 +1,15 @@
 """Paired differences between runs of the same seeds, with confidence intervals."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import scipy.stats  # jax depends on it
+
+from benchmarks.study.statistics import difference, sample_spread
 
 REFERENCE = "float32"
-CONFIDENCE = 0.95
 MARGIN = 0.005
 """Of the loss: what 4 bits may cost."""
-
-
-class Difference(NamedTuple):
-    """The mean of paired differences.
-
-    Attributes:
-      mean: of ``other - reference`` over the pairs.
-      spread: their standard deviation; NaN for one pair.
-      low: where the interval of confidence begins; NaN for one pair.
-      high: where it ends.
-    """
-
-    mean: float
-    spread: float
-    low: float
-    high: float
-
-
-def difference(reference: Sequence[float], other: Sequence[float]) -> Difference:
-    r"""Student's interval for the mean of paired differences.
-
-    .. math::
-      \bar d \pm t_{0.975,\,n-1} \frac{s_d}{\sqrt n},\qquad d_i = y_i - x_i
-
-    Args:
-      reference: a number for each pair.
-      other: the numbers that they pair with, in the same order.
-
-    Raises:
-      ValueError: other lengths, or nothing to compare.
-    """
-    pairs = [y - x for x, y in zip(reference, other, strict=True)]
-    mean, spread = float(np.mean(pairs)), _spread(pairs)
-    if len(pairs) == 1:
-        return Difference(mean, math.nan, math.nan, math.nan)
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)
-    half = float(quantile) * spread / math.sqrt(len(pairs))
-    return Difference(mean, spread, mean - half, mean + half)
 
 
 def summarize(
@@ -92,7 +53,7 @@ def _row(
         values = [run[measure] for run in group.values() if measure in run]
         if values:
             row[measure] = float(np.mean(values))
-            row[f"{measure}_spread"] = _spread(values)
+            row[f"{measure}_spread"] = sample_spread(values)
     shared = [seed for seed in group if seed in reference]
     if not shared:
         return row
@@ -107,8 +68,3 @@ def _row(
     row["mean_within"] = relative["mean"] <= MARGIN
     row["interval_within"] = relative["high"] <= MARGIN
     return row
-
-
-def _spread(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; NaN for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

@@ -9,7 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .comparison import CONFIDENCE, MARGIN, REFERENCE
+from benchmarks.study.statistics import CONFIDENCE
+
+from .comparison import MARGIN, REFERENCE
 
 Row = Mapping[str, Any]
 

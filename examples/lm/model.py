@@ -1,4 +1,4 @@
-"""A small GPT over bytes: the model that every run in this folder trains.
+"""A small GPT over bytes: `--architecture gpt`, the model of the demo.
 
     bytes -> embedding -> depth x (attention, MLP) -> RMSNorm -> logits
 

@@ -20,6 +20,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from examples.common.datasets import prepared
+
 PACKAGE = "skfolio==1.12.2"
 FILE = "skfolio/datasets/data/sp500_dataset.csv.gz"
 SPLITS = ("train", "validation", "test")
@@ -202,10 +204,8 @@ def prepare(
     Returns:
       The markets of SPLITS.
     """
-    tfds.disable_progress_bar()  # it takes seconds
     builder = Bars(sp500() if prices is None else prices, years, bins, data_dir)
-    builder.download_and_prepare()
-    return {name: read(source) for name, source in builder.as_data_source().items()}
+    return {name: read(source) for name, source in prepared(builder).items()}
 
 
 def read(source) -> Market:

@@ -3,9 +3,8 @@
     tokens of a day, one a stock -> sum of embeddings -> depth x (attention, MLP)
         -> the logits of the next day's tokens, and today's portfolio
 
-Pre-norm, rotary positions, squared-ReLU MLP, no bias anywhere. It is causal: what comes
-out for a day knows that day and those before. Shapes in comments: B batch, T days, N
-stocks, V bins, D width, H heads, K = D / H.
+Its layers are those of examples/lm. It is causal: what comes out for a day knows that
+day and those before. Shapes in comments: B batch, T days, N stocks, V bins, D width.
 """
 
 import dataclasses
@@ -13,6 +12,8 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from examples.lm.model import Block  # takes any config of width, heads, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,46 +34,6 @@ class AgentConfig:
                 f"width {self.width} does not split into {self.heads} heads whose size "
                 "is a multiple of 32; choose width = 32 * heads * n"
             )
-
-
-def rotate(x):  # (B, T, H, K)
-    """Rotary positions: products of queries and keys depend on their distance alone."""
-    time, half = x.shape[1], x.shape[-1] // 2
-    angle = jnp.arange(time)[:, None, None] * 1000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-
-class Block(nn.Module):
-    """Causal self-attention, then an MLP, each added to its input."""
-
-    config: AgentConfig
-
-    @nn.compact
-    def __call__(self, x):  # (B, T, D) -> (B, T, D)
-        config = self.config
-        heads = (config.heads, config.width // config.heads)
-
-        def dense(name, features, **kwargs):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=config.compute_dtype,
-                name=name,
-                **kwargs,
-            )
-
-        zeros = nn.initializers.zeros  # the model begins without its layers
-        y = nn.RMSNorm(dtype=config.compute_dtype)(x)
-        q, k, v = jnp.split(dense("qkv", 3 * config.width)(y), 3, axis=-1)
-        q, k, v = (z.reshape(*z.shape[:-1], *heads) for z in (q, k, v))  # (B, T, H, K)
-        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + dense("out", config.width, kernel_init=zeros)(y.reshape(x.shape))
-
-        y = nn.RMSNorm(dtype=config.compute_dtype)(x)
-        y = jnp.square(nn.relu(dense("up", 4 * config.width)(y)))  # (B, T, 4D)
-        return x + dense("down", config.width, kernel_init=zeros)(y)
 
 
 class Agent(nn.Module):

@@ -12,7 +12,8 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "",
+    # Emitters that compile twice as fast.
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
     "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)]),
 }
 

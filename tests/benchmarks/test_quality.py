@@ -10,10 +10,12 @@ import pytest
 import workloads
 from quality import lion_decay, lion_signs
 from quality.__main__ import main, trainers, write
-from quality.comparison import difference, summarize
+from quality.comparison import summarize
 from quality.conditions import conditions
 from quality.results import Results
 from quality.training import Trainer, study
+
+from benchmarks.study.statistics import difference
 
 SIZE = 12  # of the pictures, in pixels
 

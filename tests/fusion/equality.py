@@ -1,11 +1,17 @@
 """Runs one optimizer as Pallas kernels, interpreted, and in XLA: are both the same?
 
-    XLA_FLAGS=--xla_cpu_max_isa=AVX python equality.py adamw
+    XLA_FLAGS=--xla_cpu_max_isa=AVX python tests/fusion/equality.py adamw lion
+    XLA_FLAGS=--xla_cpu_max_isa=AVX python tests/fusion/equality.py --all
 
 Without fused multiply-add, which XLA puts in different places of different programs,
 every bit must agree. A process of its own, as the instruction set is chosen at start.
+
+An optimizer's arithmetic, the weights' storage and the codec are separate operations of
+a program, so all pairs of them are run: adamw with every storage and every codec, the
+others with each storage and each codec once. --all runs all with all.
 """
 
+import itertools
 import sys
 
 import jax
@@ -40,6 +46,8 @@ OPTIMIZERS = {
 STORAGE = {"float32": (jnp.float32, 24), "24": (jnp.bfloat16, 24)}
 STORAGE["32"] = (jnp.bfloat16, 32)
 CODECS = ("companded8", "flashoptim", "companded4")
+ALL = list(itertools.product(STORAGE, CODECS))
+EACH_ONCE = [("float32", "companded4"), ("24", "companded8"), ("32", "flashoptim")]
 SHAPES = {
     "whole_groups": (40, 128),
     "ragged": (70, 100),
@@ -55,34 +63,38 @@ def random_like(tree, rng):
     )
 
 
-def run(inner, dtype, bits, codec, finished, implementation, steps):
-    """Params, state and last updates after some steps."""
-    tx = optax_flash.master_weights(
-        optax_flash.compress(inner, codec),
-        bits,
-        codec="flashoptim" if codec == "flashoptim" else "exact",
-        finished=finished,
-        implementation=implementation,
-    )
-    rng = np.random.default_rng(0)
-    params = random_like({k: jnp.zeros(s, dtype) for k, s in SHAPES.items()}, rng)
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(steps):
-        params, state = step(params, state, random_like(params, rng))
-    return params, state
-
-
 def differences(optimizer, dtype, bits, codec, finished, steps=3):
-    """Paths of the leaves that differ, with how many elements do."""
-    arguments = (OPTIMIZERS[optimizer](), dtype, bits, codec, finished)
-    expected = run(*arguments, "xla", steps)
-    found = run(*arguments, "interpret", steps)
+    """Paths of the leaves that differ after some steps, with how many elements do."""
+    rng = np.random.default_rng(0)
+    start = random_like({k: jnp.zeros(s, dtype) for k, s in SHAPES.items()}, rng)
+    grads = [random_like(start, rng) for _ in range(steps)]
+
+    def transformation(implementation):
+        return optax_flash.master_weights(
+            optax_flash.compress(OPTIMIZERS[optimizer](), codec),
+            bits,
+            codec="flashoptim" if codec == "flashoptim" else "exact",
+            finished=finished,
+            implementation=implementation,
+        )
+
+    # Which does not depend on the implementation.
+    start_state = transformation("xla").init(start)
+
+    def run(implementation):
+        tx = transformation(implementation)
+
+        @jax.jit
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = start, start_state
+        for g in grads:
+            params, state = step(params, state, g)
+        return params, state
+
+    expected, found = run("xla"), run("interpret")
     result = {}
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(expected),
@@ -98,15 +110,16 @@ def differences(optimizer, dtype, bits, codec, finished, steps=3):
 
 
 def main():
-    failed = False
-    for optimizer in sys.argv[1:]:
-        for name, (dtype, bits) in STORAGE.items():
-            for codec in CODECS:
-                # Additive updates, and finished params where there is a residual.
-                finished = dtype == jnp.bfloat16 and codec == "companded8"
-                found = differences(optimizer, dtype, bits, codec, finished)
-                failed |= bool(found)
-                print(optimizer, name, codec, found or "equal", flush=True)
+    failed, everything = False, sys.argv[1:] == ["--all"]
+    for optimizer in OPTIMIZERS if everything else sys.argv[1:]:
+        whole = everything or optimizer == "adamw"
+        for storage, codec in ALL if whole else EACH_ONCE:
+            dtype, bits = STORAGE[storage]
+            # Additive updates, and finished params where there is a residual.
+            finished = dtype == jnp.bfloat16 and codec == "companded8"
+            found = differences(optimizer, dtype, bits, codec, finished)
+            failed |= bool(found)
+            print(optimizer, storage, codec, found or "equal", flush=True)
     sys.exit(failed)
 
 

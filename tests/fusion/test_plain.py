@@ -10,7 +10,7 @@ import optax_flash
 from optax_flash.fusion import cpu, partition, plain, run
 from optax_flash.fusion.program import whole
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quickest_compile")
 
 
 @pytest.mark.parametrize("update", [plain.update, cpu.update], ids=["plain", "cpu"])

@@ -1,0 +1,1 @@
+"""Studies: conditions x models x seeds, with criteria written before the runs."""

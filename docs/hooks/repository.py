@@ -1,0 +1,46 @@
+"""Pages and results of the repository outside of docs/ are pages of the site too.
+
+A link such as ../examples/lm/README.md works on GitHub. In the site docs/ is the root,
+and the other folders of the repository lie in it: a link is resolved in the repository
+and written again as it is in the site.
+"""
+
+import pathlib
+import posixpath
+import re
+
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "examples/**/*.md",
+    "benchmarks/results/**/*.*",
+    "benchmarks/study/studies/*.toml",
+)
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def on_files(files, config):
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    name = page.file.src_uri
+    in_docs = (ROOT / "docs" / name).exists()
+    place = posixpath.dirname(f"docs/{name}" if in_docs else name)
+
+    def in_site(link):
+        target = posixpath.normpath(posixpath.join(place, link[1]))
+        for page_of_folder in ("README.md", "index.html"):
+            if (ROOT / target / page_of_folder).exists():
+                target += f"/{page_of_folder}"
+        target = target.removeprefix("docs/")
+        return posixpath.relpath(target, posixpath.dirname(name) or ".")
+
+    return LINK.sub(in_site, markdown)
