@@ -53,12 +53,15 @@ def draw_wealth(
     """Wealth by day, and below it the loss since the last peak."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    for color, (name, episode) in zip(COLORS, episodes.items(), strict=False):
+    for i, (name, episode) in enumerate(episodes.items()):
         log_wealth = np.cumsum(episode.rewards)
         peaks = np.maximum(np.maximum.accumulate(log_wealth), 0)
-        top.plot(episode.dates, np.exp(log_wealth), color=color, label=name)
-        bottom.plot(episode.dates, np.expm1(log_wealth - peaks), color=color)
+        style = {"color": COLORS[i], "linewidth": 1, "zorder": 3 - i / 10}
+        top.plot(episode.dates, np.exp(log_wealth), label=name, **style)
+        bottom.plot(episode.dates, np.expm1(log_wealth - peaks), **style)
     top.set_yscale("log")
+    for formatter in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     top.set_ylabel("wealth, 1 at the start")
     bottom.set_ylabel("loss since the peak")
     bottom.yaxis.set_major_formatter("{x:.0%}")

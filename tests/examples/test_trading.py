@@ -423,7 +423,7 @@ def test_agent_learns_a_rule_that_wins(config, markets, tmp_path):
 
 def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     config = dataclasses.replace(
-        config, steps=6, warmup=2, eval_every=2, save_every=3, dropout=0.5
+        config, optimizer="adamw", steps=6, eval_every=2, save_every=3, dropout=0.5
     )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     expected, history, summary = train.train(whole, PRICES)
