@@ -34,7 +34,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.95},
     "sgd": {"momentum": 0.9},
 }
-"""Where the trainers differ from the optimizer's defaults, whatever the bits."""
+"""Where the trainers differ from an optimizer's defaults, by the end of its name.
+
+So all kinds of AdamW, such as tamed_adamw8, are compared with one b2.
+"""
 
 
 class Name(NamedTuple):
@@ -139,7 +142,9 @@ def make_optimizer(
         end_value=peak / 10,
     )
     known = inspect.signature(factory).parameters
-    settings = OPTIONS.get(base.rstrip("48"), {}) | options
+    kind = base.rstrip("48").split("_")[-1]
+    ours = {k: v for k, v in OPTIONS.get(kind, {}).items() if k in known}
+    settings = ours | options
     if "weight_decay" in known and "mask" in known:
         settings = {"weight_decay": weight_decay, "mask": matrices} | settings
     if "where" in known:

@@ -103,6 +103,20 @@ def test_an_optimizer_is_that_of_its_name():
         np.testing.assert_array_equal(a, b)
 
 
+def test_all_kinds_of_adamw_have_one_b2():
+    params = {"kernel": jnp.ones((64, 128))}
+    grads = {"kernel": jnp.full((64, 128), 2.0)}
+    for name in ("adamw", "tamed_adamw8(threshold=9.0, codecs={'*': None})"):
+        tx = optimizers.make_optimizer(name, steps=10, warmup=0, clip=0)
+        _, state = tx.update(grads, tx.init(params), params)
+        nu = optax.tree.get(state, "nu")["kernel"]
+        np.testing.assert_allclose(nu, 0.05 * 4.0, rtol=1e-6)
+    # What is asked for by name goes first.
+    tx = optimizers.make_optimizer("adamw(b2=0.9)", steps=10, warmup=0, clip=0)
+    _, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(optax.tree.get(state, "nu")["kernel"], 0.4, rtol=1e-6)
+
+
 # --- the loop
 
 
