@@ -310,8 +310,8 @@ def full_disk(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# The lower limit stops a description of the arrays, the higher the arrays: into how many
-# files these are divided is a matter of timing, but the kernel alone takes 13 kB.
+# The lower limit stops a description of the arrays, the higher the arrays: into how
+# many files these are divided is a matter of timing, but the kernel alone takes 13 kB.
 @pytest.mark.parametrize("limit", [2_000, 5_000])
 @orbax_fails
 def test_full_disk(limit, trained, checkpoints):
