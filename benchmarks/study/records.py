@@ -16,7 +16,8 @@ def record(
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The entry of a run that came to an end by itself or by a criterion."""
-    summary = dict(summary)
+    # The options are the run's already; where its folder is means nothing elsewhere.
+    summary = {name: x for name, x in summary.items() if name != "config"}
     steps = summary.get("steps")
     summary["step_seconds"] = summary["seconds"] / steps if steps else None
     live = summary["peak_bytes"]["live"]
