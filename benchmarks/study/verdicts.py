@@ -218,7 +218,7 @@ def _by_interval(
         if not fair:
             return _verdict(NOT_TESTABLE, f"every run of {reference} broke down")
     elif metric == "seconds":  # a run that was stopped takes less time
-        fair = {s: run for s, run in fair.items() if not doc.broken(run)}
+        fair = doc.whole(fair)
         if not fair:
             return _verdict(NOT_TESTABLE, f"no whole run: {_named(runs.values())}")
     else:

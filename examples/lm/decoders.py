@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.lm.model import rotate
+from examples.lm.model import check_heads, rotate
 from optax_flash import release
 
 
@@ -44,11 +44,7 @@ class DecoderConfig:
     compute_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        if self.width % (32 * self.heads):
-            raise ValueError(
-                f"width {self.width} does not split into {self.heads} heads whose size "
-                "is a multiple of 32; choose width = 32 * heads * n"
-            )
+        check_heads(self.width, self.heads)
 
     @property
     def hidden(self) -> int:

@@ -15,6 +15,15 @@ import jax
 import jax.numpy as jnp
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Raises a ValueError where a head's rows would not have whole groups of codes."""
+    if width % (32 * heads):
+        raise ValueError(
+            f"width {width} does not split into {heads} heads whose size is a multiple "
+            "of 32; choose width = 32 * heads * n"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """Sizes of the model, and the dtype it computes in.
@@ -32,11 +41,7 @@ class GPTConfig:
     compute_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        if self.width % (32 * self.heads):
-            raise ValueError(
-                f"width {self.width} does not split into {self.heads} heads whose size "
-                "is a multiple of 32; choose width = 32 * heads * n"
-            )
+        check_heads(self.width, self.heads)
 
 
 def rotate(x):

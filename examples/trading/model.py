@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from examples.lm.model import Block  # takes any config of width, heads, compute_dtype
+# Block takes any config of width, heads and compute_dtype.
+from examples.lm.model import Block, check_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,7 @@ class AgentConfig:
     compute_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
-        if self.width % (32 * self.heads):
-            raise ValueError(
-                f"width {self.width} does not split into {self.heads} heads whose size "
-                "is a multiple of 32; choose width = 32 * heads * n"
-            )
+        check_heads(self.width, self.heads)
 
 
 class Agent(nn.Module):

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 import tomllib
 
 import pytest
+from disks import full_disk
 from rich.console import Console
 
 from benchmarks.study import __main__ as command
@@ -464,17 +464,6 @@ def test_interrupted_nothing_is_lost_and_nothing_repeated(how, file, tmp_path):
     assert content["runs"][1:] == kept
     resumed = diary.read_text().splitlines()[len(begun) :]
     assert resumed == [f"adamw 0 {saved}"] and saved > 0
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """No file of this process, nor of its children, grows beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk(file, tmp_path, capsys, monkeypatch):
