@@ -76,11 +76,16 @@ OTHERS = np.asarray(in_groups(0.0, 1.0)) == 1
 
 @functools.cache
 def adam(codec, implementation, b1):
-    """Adam's direction; in fp32, by optax, where the codec is None."""
+    """Adam's direction; in fp32, by optax, where the codec is None.
+
+    It is the one that the state tells: without what updates make up for, which says
+    nothing by itself (tests/test_error_feedback.py).
+    """
+    inner = optax.scale_by_adam(b1=b1)
     if codec is None:
-        return optax.scale_by_adam(b1=b1)
-    return optax_flash.scale_by_adam8(
-        b1=b1, codecs=codec, implementation=implementation
+        return inner
+    return optax_flash.compress(
+        inner, codec, error_feedback=False, implementation=implementation
     )
 
 

@@ -33,17 +33,22 @@ def gradients(bad):
 
 
 def test_a_bad_gradient_is_never_silent(bad, codec):
-    """The update is not finite at once, and the group stays so: the loss will tell."""
+    """The update is not finite at once, and the group stays so: the loss will tell.
+
+    With error feedback, which 4 bits have, the whole group's is not finite at once.
+    """
     grads, broken = gradients(bad)
     params = jnp.ones_like(grads)
     tx = optax_flash.adamw8(1e-3, codecs=codec)
     update = jax.jit(tx.update)
     updates, state = update(broken, tx.init(params), params)
-    assert not np.isfinite(updates[3, 40])
-    assert np.sum(~np.isfinite(updates)) == 1
-    after, _ = update(grads, state, params)
     group = np.zeros((64, 128), bool)
     group[3, GROUP : 2 * GROUP] = True
+    assert not np.isfinite(updates[3, 40])
+    assert np.all(np.isfinite(np.asarray(updates)[~group]))
+    if codec.bits == 8:
+        assert np.sum(~np.isfinite(updates)) == 1
+    after, _ = update(grads, state, params)
     np.testing.assert_array_equal(~np.isfinite(np.asarray(after)), group)
 
 

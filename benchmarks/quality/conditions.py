@@ -67,6 +67,7 @@ def conditions() -> list[Condition]:
         *_family("adamw", _adamw, optax.adamw, optax_flash.adamw8, optax_flash.adamw4),
         Condition("adamw", "float32, nudged", _adamw(optax.adamw), nudged=True),
         Condition("adamw", "bfloat16", naive, jnp.bfloat16),
+        _without_feedback(),
         *(_mixed(*bits) for bits in ((4, 8), (8, 4))),
         *_family("lion", _lion, optax.lion, optax_flash.lion8, optax_flash.lion4),
         *_family("sgd", _sgd, optax.sgd, optax_flash.sgd8, optax_flash.sgd4),
@@ -98,6 +99,17 @@ def _family(
         Condition(optimizer, "8 bits", settings(eight), bfloat16, "exact"),
         Condition(optimizer, "4 bits", settings(four), bfloat16, "exact"),
     ]
+
+
+def _without_feedback() -> Condition:
+    """AdamW in 4 bits, whose updates do not make up for what rounding adds."""
+
+    def make(*args: Any, **options: Any) -> optax.GradientTransformation:
+        inner = optax.adamw(*args, **options)
+        return optax_flash.compress(inner, "companded4", error_feedback=False)
+
+    storage = "4 bits, no error feedback"
+    return Condition("adamw", storage, _adamw(make), jnp.bfloat16, "exact")
 
 
 def _mixed(mu: int, nu: int) -> Condition:

@@ -3,8 +3,10 @@
 Left to itself, XLA's CPU backend computes a group's maximum together with all that
 leads to it, element by element. Here a program is cut into phases that XLA must not
 merge: each array that the update returns, all maxima of groups, and the codes of each
-field. A phase computes what it needs from the operands again, in registers, for that is
-cheaper than writing a float32 array of a large leaf to memory and reading it back.
+field; arrays that depend on what rounding adds come after the maxima, and round by
+themselves. A phase computes what it needs from the operands again, in registers, for
+that is cheaper than writing a float32 array of a large leaf to memory and reading it
+back.
 
 What keeps phases apart is an attribute of a call that this backend honours. An
 optimization_barrier does not: it is taken out before loops are merged.
@@ -43,7 +45,8 @@ def misfit(program: Program) -> str | None:
     encodes = _encodes(program)
     if len(encodes) != 1:
         return "nothing is encoded" if not encodes else "it is encoded in parts"
-    codes = set(encodes[0].outvars)
+    stored = 2 * len(encodes[0].params["op"].codecs)
+    codes = set(encodes[0].outvars[:stored])
     used = {
         x for eqn in program.jaxpr.eqns for x in eqn.invars if isinstance(x, core.Var)
     }
@@ -80,12 +83,13 @@ class _Traced(NamedTuple):
     """A program on one tile, the whole leaf, before anything is encoded.
 
     Attributes:
-      jaxpr: from offsets and operands to results that are not encoded, values that
-        are, and random bits.
+      jaxpr: from offsets, operands and errors of rounding to results that are not
+        encoded, values that are, and random bits.
       results: variables; for codes and scales their number among what is encoded.
       values: variables of the fields that are encoded.
       bits: the variable of the leaf's random bits.
       codecs: of the fields.
+      errors: by the index of a field, the variable of its error.
     """
 
     jaxpr: core.Jaxpr
@@ -93,26 +97,32 @@ class _Traced(NamedTuple):
     values: list[Any]
     bits: Any
     codecs: tuple[Codec, ...]
+    errors: dict[int, Any]
 
 
 def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     (encode,) = _encodes(program)
     op: Encode = encode.params["op"]
     start, salt, *values = encode.invars
-    encoded = {x: i for i, x in enumerate(encode.outvars)}
+    stored = 2 * len(op.codecs)
+    encoded = {x: i for i, x in enumerate(encode.outvars[:stored])}
     plain = [x for x in program.jaxpr.outvars if x not in encoded]
-    before = jaxpr_of(
-        program.jaxpr.invars,
+    arithmetic = jaxpr_of(
+        [*program.jaxpr.invars, *encode.outvars[stored:]],
         [*plain, *values, start, salt],
         [eqn for eqn in program.jaxpr.eqns if eqn is not encode],
     )
 
-    def run(offsets: list[jax.Array], operands: list[Any]) -> list[jax.Array]:
+    shape = (layout.units, layout.lanes)
+
+    def run(
+        offsets: list[jax.Array], operands: list[Any], errors: list[jax.Array]
+    ) -> list[jax.Array]:
         place = Place(program.shape, tuple(offsets) or None)
         elements = layout.elements(0, layout.units)
         index = layout.places(place, 0, layout.units)
-        tile = Tile((layout.units, layout.lanes), index, elements.mask, packed=False)
-        *out, start, salt = evaluate(before, tile, operands)
+        tile = Tile(shape, index, elements.mask, packed=False)
+        *out, start, salt = evaluate(arithmetic, tile, [*operands, *errors])
         out = [jnp.broadcast_to(x, tile.shape) for x in out]
         results, values = out[: len(plain)], out[len(plain) :]
         if tile.mask is not None:
@@ -123,7 +133,8 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
 
     closed = jax.make_jaxpr(run)(
         [jax.ShapeDtypeStruct((), jnp.int32)] * (len(program.shape) if offset else 0),
-        tile_operands(program, (layout.units, layout.lanes), packed=False),
+        tile_operands(program, shape, packed=False),
+        [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(op.errors),
     )
     assert not closed.consts
     *outvars, bits = closed.jaxpr.outvars
@@ -131,7 +142,10 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     results = [
         encoded[x] if x in encoded else next(computed) for x in program.jaxpr.outvars
     ]
-    return _Traced(closed.jaxpr, results, outvars[len(plain) :], bits, op.codecs)
+    values = outvars[len(plain) :]
+    first_error = len(closed.jaxpr.invars) - len(op.errors)
+    errors = dict(zip(op.errors, closed.jaxpr.invars[first_error:], strict=True))
+    return _Traced(closed.jaxpr, results, values, bits, op.codecs, errors)
 
 
 IN_CACHE = 2**20
@@ -142,7 +156,8 @@ IN_CACHE = 2**20
 def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]:
     """A program in phases, as a function of offsets and operands in tiles."""
     traced = _trace(program, layout, offset)
-    inputs = list(traced.jaxpr.invars)
+    errors = set(traced.errors.values())
+    inputs = [x for x in traced.jaxpr.invars if x not in errors]
     fits = layout.units * layout.lanes <= IN_CACHE
     kept = [
         x
@@ -152,6 +167,9 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
     plain = list(dict.fromkeys(x for x in traced.results if not isinstance(x, int)))
     # The last is written over its operand; for the others XLA copies what is needed.
     plain.sort(key=lambda x: x.aval.dtype.itemsize)
+    everything = list(traced.jaxpr.invars)
+    rounded = [x for x in plain if errors & set(_slice(traced, [x], everything)[1])]
+    exact = [x for x in plain if x not in rounded]
 
     def phase(
         wanted: list[Any],
@@ -187,18 +205,24 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
         return x
 
     encoded = [*traced.values, traced.bits]
-    rest = [*plain, *encoded]
+    rest = [*exact, *rounded, *encoded]
     known = list(inputs)
     first = []
     for x in kept:
         first.append((x, phase([x], known, alone, rest)))
         known = [*known, x]
-    for i, x in enumerate(plain):
-        first.append((x, phase([x], known, alone, [*plain[i + 1 :], *encoded])))
+    for i, x in enumerate(exact):
+        later = [*exact[i + 1 :], *rounded, *encoded]
+        first.append((x, phase([x], known, alone, later)))
     find_maxima = phase(
         traced.values, known, functools.partial(_maxima, traced.codecs), []
     )
     find_scales = _uninlined(functools.partial(_scales, traced.codecs))
+    second = []
+    for i, x in enumerate(rounded):
+        wanted, finish = _after_rounding(traced, x, known)
+        later = [*rounded[i + 1 :], *encoded]
+        second.append((x, phase(wanted, known, finish, later)))
     find_codes = [
         phase([x, traced.bits], known, functools.partial(_codes, codec, field), [])
         for field, (codec, x) in enumerate(
@@ -213,6 +237,8 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
             env[x] = compute(env)
         maxima = find_maxima(env)
         scales = find_scales(maxima)
+        for x, compute in second:
+            env[x] = compute(env, scales, maxima)
         codes = [
             find(env, *of_field)
             for find, *of_field in zip(find_codes, scales, maxima, strict=True)
@@ -221,6 +247,36 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
         return [stored[x] if isinstance(x, int) else env[x] for x in traced.results]
 
     return run
+
+
+def _after_rounding(
+    traced: _Traced, x: Any, known: list[Any]
+) -> tuple[list[Any], Callable[..., jax.Array]]:
+    """How a result is computed that depends on what rounding adds.
+
+    Returns:
+      The variables that it takes, and the function of them, and of the scales and
+      maxima of all fields.
+    """
+    equations, needed = _slice(traced, [x], [*known, *traced.errors.values()])
+    fields = [i for i, error in traced.errors.items() if error in needed]
+    errors = [traced.errors[i] for i in fields]
+    others = [y for y in needed if y not in errors]
+    jaxpr = jaxpr_of([*others, *errors], [x], equations)
+
+    compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+    def finish(*args: Any) -> jax.Array:
+        *arrays, scales, maxima = args
+        n = len(fields)
+        values, bits, others = arrays[:n], arrays[n], arrays[n + 1 :]
+        errors = [
+            _error(traced.codecs[i], i, value, bits, scales[i], maxima[i])
+            for i, value in zip(fields, values, strict=True)
+        ]
+        return compute(*others, *errors)[0]
+
+    return [*(traced.values[i] for i in fields), traced.bits, *others], finish
 
 
 def _slice(
@@ -272,6 +328,19 @@ def _codes(
     bits = _groups(hashing.for_field(bits, field), codec.group)
     codes = codec.codes(_groups(value, codec.group), scales, maxima, bits)
     return codes.reshape(value.shape)
+
+
+def _error(
+    codec: Codec,
+    field: int,
+    value: jax.Array,
+    bits: jax.Array,
+    scales: Any,
+    maxima: Any,
+) -> jax.Array:
+    codes = _codes(codec, field, value, bits, scales, maxima)
+    decoded = codec.decode_groups(_groups(codes, codec.group), scales)
+    return decoded.reshape(value.shape) - value
 
 
 def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -221,7 +221,12 @@ class _Block(NamedTuple):
             for i, (codec, x) in enumerate(zip(op.codecs, arrays, strict=True))
         ]
         codes, scales = zip(*stored, strict=True)
-        return [*codes, *scales]
+        decoded = [
+            self.evaluate(_decoding(op.codecs[i]), [codes[i], scales[i]])[0]
+            for i in op.errors
+        ]
+        errors = [x - arrays[i] for x, i in zip(decoded, op.errors, strict=True)]
+        return [*codes, *scales, *errors]
 
 
 # What ops do, as equations of elements and of groups.

@@ -91,13 +91,19 @@ class Decode(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Encode(Op):
-    """``(start, salt, *arrays)`` of a leaf's fields to ``(*codes, *scales)``.
+    """``(start, salt, *arrays)`` of a leaf's fields to ``(*codes, *scales, *errors)``.
 
     ``start`` is :func:`hashing.start` of the step, ``salt`` the leaf's.
+
+    Attributes:
+      codecs: of the fields.
+      shape: of each array.
+      errors: the fields of which it is returned what rounding adds to them; float32.
     """
 
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
+    errors: tuple[int, ...] = ()
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
         start, salt, *arrays = args
@@ -107,24 +113,30 @@ class Encode(Op):
             for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True))
         ]
         codes, scales = zip(*stored, strict=True)
-        return *codes, *scales
+        errors = [
+            self.codecs[i].decode(codes[i], scales[i], self.shape) - arrays[i]
+            for i in self.errors
+        ]
+        return *codes, *scales, *errors
 
     def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
         start, salt, *arrays = args
         bits = tile.bits(start, salt)
-        stored = []
+        stored, errors = [], []
         for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True)):
             if tile.mask is not None:
                 # Past the end of a row an optimizer may compute anything from zeros.
                 x = jnp.where(tile.mask, x, 0.0)
-            codes, planes = codec.encode_groups(
-                tile.groups(x.astype(jnp.float32), codec.group),
-                tile.groups(hashing.for_field(bits, i), codec.group),
-            )
+            x = tile.groups(x.astype(jnp.float32), codec.group)
+            bits_of_field = tile.groups(hashing.for_field(bits, i), codec.group)
+            codes, planes = codec.encode_groups(x, bits_of_field)
+            if i in self.errors:
+                error = codec.decode_groups(codes, planes) - x
+                errors.append(error.reshape(tile.shape))
             codes = codec.pack(codes)
             stored.append((codes.reshape(tile.shape[0], -1), planes))
         codes, scales = zip(*stored, strict=True)
-        return *codes, *scales
+        return *codes, *scales, *errors
 
 
 @dataclasses.dataclass(frozen=True)

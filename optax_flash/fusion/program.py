@@ -135,11 +135,11 @@ def misfit(eqn: Any) -> str | None:
 
 
 ELEMENTWISE = frozenset(
-    "abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy "
-    "copy_p cos div eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log "
-    "log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n "
-    "shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square "
-    "stop_gradient sub tan tanh xor".split()
+    "abs add add_any and atan2 bitcast_convert_type cbrt ceil clamp "
+    "convert_element_type copy copy_p cos div eq erf exp exp2 expm1 floor ge gt "
+    "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem "
+    "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
+    "sin sqrt square stop_gradient sub tan tanh xor".split()
 )
 """Primitives that compute each element of the result from one of each operand."""
 
@@ -247,6 +247,8 @@ def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
         return (x,)
     if name == "square":
         return (x * x,)
+    if name == "add_any":  # of derivatives
+        return (x + args[1],)
     if name == "integer_pow":
         return (lax.integer_pow(x, params["y"]),)
     args = _same_rank(eqn, tile, args, scalar)
@@ -279,7 +281,8 @@ def roles(
             continue
         both = eqn.invars if isinstance(op, Decode) else eqn.outvars
         n = len(op.codecs)
-        for codec, codes, scales in zip(op.codecs, both[:n], both[n:], strict=True):
+        rows = zip(op.codecs, both[:n], both[n : 2 * n], strict=True)
+        for codec, codes, scales in rows:
             stored[codes] = Role("codes", codec)
             stored[scales] = Role("scales", codec)
 

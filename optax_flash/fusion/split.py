@@ -12,16 +12,13 @@ Arrays that meet on the way belong to one leaf. So an update becomes
 import weakref
 from typing import Any, NamedTuple
 
-import jax
-import jax.core
-import numpy as np
-from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
+from optax_flash.fusion.reciprocals import with_reciprocals
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 
 
@@ -72,7 +69,7 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
       names: the paths of the gradients.
       donors: for the position of a result, that of the operand which it replaces.
     """
-    jaxpr = inline(jaxpr)
+    jaxpr = with_reciprocals(inline(jaxpr))
     operands = [*jaxpr.constvars, *jaxpr.invars]
     is_operand = set(operands)
     groups = _Groups()
@@ -292,37 +289,9 @@ def _build(
             eqn_invars = list(new_eqns[e].invars)
             eqn_invars[i] = invars[first + n]
             new_eqns[e] = new_eqns[e].replace(invars=eqn_invars)
-    new_eqns = _with_reciprocals(new_eqns)
     inputs, outputs = programs.roles(new_eqns, invars, results)
     jaxpr = jaxpr_of(invars, results, new_eqns)
     return Program(shape, jaxpr, inputs, outputs, donors, key)
-
-
-def _with_reciprocals(eqns: list[core.JaxprEqn]) -> list[core.JaxprEqn]:
-    """Divides by a scalar through its reciprocal: one division for a whole leaf.
-
-    Some compilers do this anyway and others do not; now all compute the same.
-    """
-    rewritten = []
-    for eqn in eqns:
-        if _divides_by_scalar(eqn):
-            dividend, x = eqn.invars
-            one = core.Literal(np.float32(1.0), x.aval)
-            reciprocal = core.Var(x.aval)
-            rewritten.append(eqn.replace(invars=[one, x], outvars=[reciprocal]))
-            product = jax.make_jaxpr(lax.mul)(1.0, 1.0).eqns[0]
-            eqn = product.replace(invars=[dividend, reciprocal], outvars=eqn.outvars)
-        rewritten.append(eqn)
-    return rewritten
-
-
-def _divides_by_scalar(eqn: Any) -> bool:
-    if eqn.primitive is not lax.div_p:
-        return False
-    x, out = eqn.invars[1], eqn.outvars[0]
-    if isinstance(x, core.Literal) or x.aval.shape:
-        return False
-    return _is_array(out) and out.aval.dtype == np.float32
 
 
 def _params_key(eqn: core.JaxprEqn) -> Any:

@@ -12,7 +12,7 @@ import optax
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _feedback, _init, _mirror, _records
 from optax_flash.transforms._rules import Codecs, Field, Rules, coded_shape
 
 PyTree = Any
@@ -40,6 +40,7 @@ def compress(
     codecs: Codecs = None,
     min_size: int = 4096,
     *,
+    error_feedback: bool | None = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the state of any transformation in codes of 8 or 4 bits.
@@ -58,6 +59,19 @@ def compress(
     shaped like their param, such as low-rank factors, unless ``codecs`` names their
     field. Global shapes decide, so sharding does not change the numbers.
 
+    With error feedback, what rounding adds to a momentum :math:`m` is taken off the
+    update at once, with all that it will do to later ones:
+
+    .. math::
+      u_t \leftarrow u_t - \frac{\partial u_t / \partial m_{t-1}}
+        {1 - \partial m_t / \partial m_{t-1}}
+        \left(\mathrm{decode}(c_t) - m_t\right)
+
+    A single update is less exact then, by far, and the sum of updates much more so:
+    errors of rounding no longer add up in the params. The derivatives are those of an
+    element by itself; where an update does not depend on a momentum element by element,
+    as Muon's and Lion's do not, nothing is taken off.
+
     Args:
       inner: the transformation, for example ``optax.adamw(1e-3)``. It sees params and
         gradients in float32 where they come in half precision.
@@ -68,6 +82,8 @@ def compress(
         "leave it". The first key that fits decides.
       min_size: arrays with fewer elements are not compressed. (Nor are, in 4 bits,
         factors with rows of odd length: their codes would not tell their shape.)
+      error_feedback: whether updates make up for the rounding of momenta; None for
+        those in 4 bits.
       implementation: ``"xla"``, ``"pallas"`` or ``"triton"`` runs every leaf so, or
         raises; None takes the best that fits, see :func:`optax_flash.explain`.
 
@@ -95,7 +111,8 @@ def compress(
 
     References:
       Compressing a state that stays outside the mathematics is the idea of
-      bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349).
+      bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349); error feedback
+      that of 1-bit SGD (Seide et al., 2014), which keeps errors in an array of its own.
     """
     inner = optax.with_extra_args_support(inner)
     rules = Rules.parse(codecs, min_size)
@@ -136,16 +153,24 @@ def compress(
             params: optax.Params | None,
         ) -> tuple[optax.Updates, PyTree]:
             inner_state, bundles = _decode(rules, state, updates, paths)
-            new_updates, inner_state = inner.update(
-                jax.tree.map(_init.like_float32, updates),
-                inner_state,
-                jax.tree.map(_init.like_float32, params),
-                **extra_args,
+
+            def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+                return inner.update(
+                    jax.tree.map(_init.like_float32, updates),
+                    inner_state,
+                    jax.tree.map(_init.like_float32, params),
+                    **extra_args,
+                )
+
+            momenta = _momenta(bundles, error_feedback)
+            new_updates, inner_state, gains = _feedback.with_gains(
+                inner_update, inner_state, momenta
             )
-            new_updates = jax.tree.map(_like, new_updates, updates)
-            return new_updates, _encode(
-                rules, bundles, inner_state, updates, start, state
+            new_state, corrections = _encode(
+                rules, bundles, gains, inner_state, updates, start, state
             )
+            new_updates = _corrected(new_updates, corrections)
+            return jax.tree.map(_like, new_updates, updates), new_state
 
         return run.run(
             step, updates, state, params, implementation=implementation, names=paths
@@ -257,6 +282,7 @@ class _Bundle(NamedTuple):
       fields: the indices of the entries' fields.
       codecs: of each field.
       shape: of each entry.
+      arrays: the entries, decoded.
     """
 
     name: str
@@ -264,6 +290,7 @@ class _Bundle(NamedTuple):
     fields: tuple[int, ...]
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
+    arrays: tuple[jax.Array, ...] = ()
 
 
 def _codecs_at_init(
@@ -284,28 +311,60 @@ def _codecs_at_init(
     ]
 
 
+def _momenta(
+    bundles: list[_Bundle], error_feedback: bool | None
+) -> dict[int, dict[int, jax.Array]]:
+    """Of each field, by param, the arrays whose rounding errors updates make up for."""
+    momenta: dict[int, dict[int, jax.Array]] = {}
+    for bundle in bundles:
+        rows = zip(bundle.fields, bundle.codecs, bundle.arrays, strict=True)
+        for field, codec, x in rows:
+            wanted = codec.bits < 8 if error_feedback is None else error_feedback
+            if codec.signed and wanted:
+                momenta.setdefault(field, {})[bundle.param] = x
+    return momenta
+
+
+def _corrected(updates: PyTree, corrections: dict[int, jax.Array]) -> PyTree:
+    """Updates, by param, with corrections added."""
+    if not corrections:
+        return updates
+    leaves, treedef = jax.tree.flatten(updates)
+    for i, x in corrections.items():
+        leaves[i] = leaves[i] + x
+    return treedef.unflatten(leaves)
+
+
 def _encode(
     rules: Rules,
     bundles: list[_Bundle],
+    gains: dict[int, dict[int, jax.Array]],
     inner_state: PyTree,
     params: PyTree,
     start: jax.Array,
     old: CompressState,
-) -> CompressState:
-    """The state after a step, its arrays in codes again."""
+) -> tuple[CompressState, dict[int, jax.Array]]:
+    """The state after a step, its arrays in codes again; and, by param, what makes up
+    for that in the update."""
     parts, join = _mirror.split_state(inner_state, params)
     fields = rules.fields(parts)
     structure = jax.tree.structure(params)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
-    for name, i, of_param, codecs, shape in bundles:
+    corrections: dict[int, jax.Array] = {}
+    for name, i, of_param, codecs, shape, _ in bundles:
         arrays = [values[j][i] for j in of_param]
-        encoded = ops.Encode(codecs, shape)(start, hashing.salt(name), *arrays)
+        fed = tuple(n for n, j in enumerate(of_param) if i in gains.get(j, ()))
+        encoded = ops.Encode(codecs, shape, fed)(start, hashing.salt(name), *arrays)
         for n, j in enumerate(of_param):
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
+        for n, error in zip(fed, encoded[2 * len(of_param) :], strict=True):
+            correction = gains[of_param[n]][i] * error
+            known = corrections.get(i)
+            corrections[i] = correction if known is None else known + correction
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
-    return CompressState(
+    state = CompressState(
         step=optax.safe_increment(old.step),
         inner_state=join(_trees(parts)),
         scales={
@@ -313,6 +372,7 @@ def _encode(
             for field, entries in zip(fields, scales, strict=True)
         },
     )
+    return state, corrections
 
 
 def _decode(
@@ -333,9 +393,10 @@ def _decode(
         for field, *columns in zip(fields, values, scales, strict=True)
     ]
     bundles = _bundles(stored, fields, paths, shapes)
-    for _, i, of_param, codecs, shape in bundles:
+    for k, (_, i, of_param, codecs, shape, _) in enumerate(bundles):
         codes = [columns[j][i] for columns in (values, scales) for j in of_param]
         arrays = ops.Decode(codecs, shape)(*codes)
+        bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
         for j, x in zip(of_param, arrays, strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):

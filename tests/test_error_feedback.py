@@ -1,0 +1,165 @@
+"""Error feedback: what rounding adds to momenta does not add up in the params."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optax_flash
+
+SHAPE = (64, 64)
+CODEC = optax_flash.Companded4(signed=True)
+
+
+def gradients(step, spread=1.0):
+    """Noise around a mean, of another size in each place of a group."""
+    sizes = jnp.tile(spread ** jnp.linspace(-1, 0, 32), 2)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), SHAPE)
+    return sizes * (0.3 + noise)
+
+
+def train(tx, steps, spread=1.0):
+    """Params, from ones, and state after as many steps."""
+
+    @jax.jit
+    def run(params):
+        def step(i, carry):
+            params, state = carry
+            updates, state = tx.update(gradients(i, spread), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, steps, step, (params, tx.init(params)))
+
+    return run(jnp.ones(SHAPE))
+
+
+def decoded(state, field):
+    scales = optax.tree.get(state, f"{field}_scales")
+    return CODEC.decode(optax.tree.get(state, field), scales, SHAPE)
+
+
+def one_update(inner, steps=3, **options):
+    """The last of some updates, and the state after it."""
+    tx = optax_flash.compress(inner, CODEC, **options)
+    update = jax.jit(tx.update)
+    params = jnp.ones(SHAPE)
+    updates, state = None, tx.init(params)
+    for i in range(steps):
+        updates, state = update(gradients(i), state, params)
+    return updates, state
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    decay=st.sampled_from([0.5, 0.9, 0.99]),
+    nesterov=st.booleans(),
+    spread=st.sampled_from([1.0, 100.0]),
+    steps=st.integers(1, 60),
+)
+def test_sgd_lacks_only_what_its_momentum_holds(decay, nesterov, spread, steps):
+    """All gradients over (1 - decay), however the momentum was rounded."""
+    tx = optax_flash.compress(optax.sgd(1.0, decay, nesterov), CODEC)
+    params, state = train(tx, steps, spread)
+    total = sum(np.float64(gradients(i, spread)) for i in range(steps))
+    held = np.float64(decoded(state, "trace")) * decay ** (2 if nesterov else 1)
+    exact = 1 - (total - held) / (1 - decay)
+    largest = np.abs(exact).max() + np.abs(held).max() / (1 - decay)
+    np.testing.assert_allclose(params, exact, atol=1e-6 * steps * largest)
+
+
+@pytest.mark.parametrize("inner", [optax.adam(1e-3), optax.nadam(1e-3)])
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+def test_errors_do_not_add_up(inner, spread):
+    """After 400 steps params are at least twice as near to those of float32."""
+    exact, _ = train(inner, 400, spread)
+    codecs = {"mu": CODEC, "nu": None}
+
+    def distance(error_feedback):
+        tx = optax_flash.compress(inner, codecs, error_feedback=error_feedback)
+        return jnp.linalg.norm(train(tx, 400, spread)[0] - exact)
+
+    assert distance(True) < 0.5 * distance(False)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_update_makes_up_for_all_later_ones(normed):
+    """Adam's: b1 / (1 - b1) of the error, divided as m is; norms count as given."""
+    b1, b2, steps = 0.9, 0.999, 3
+    inner = optax.scale_by_adam(b1, b2)
+    if normed:
+        inner = optax.chain(inner, optax.scale_by_trust_ratio())
+    found, state = one_update(inner, steps)
+    without, _ = one_update(inner, steps, error_feedback=False)
+    _, before = one_update(inner, steps - 1)
+    m = b1 * decoded(before, "mu") + (1 - b1) * gradients(steps - 1)
+    error = np.float64(decoded(state, "mu") - m)
+    # The direction is m / (1 - b1**t) over what the error is to be divided by, too.
+    direction, _ = one_update(optax.scale_by_adam(b1, b2), steps, error_feedback=False)
+    divisor = np.float64(m) / np.float64(direction)
+    ratio = np.linalg.norm(np.ones(SHAPE)) / np.linalg.norm(direction) if normed else 1
+    expected = without - ratio * b1 / (1 - b1) * error / divisor
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def by_element_nowhere():
+    """Transformations whose updates depend on no momentum element by element."""
+    return {
+        "lion": optax.lion(1e-3),
+        "muon": optax.contrib.muon(1e-3),
+        "cond": optax.apply_if_finite(optax.sgd(1e-3, 0.9), 3),
+        "undamped": optax.sgd(1e-3, 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", by_element_nowhere())
+def test_nothing_is_taken_off(name):
+    inner = by_element_nowhere()[name]
+    chex.assert_trees_all_equal(
+        one_update(inner), one_update(inner, error_feedback=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "codec, default", [("companded4", True), ("companded8", False)]
+)
+def test_default_is_for_four_bits(codec, default):
+    def updates(error_feedback):
+        tx = optax_flash.compress(
+            optax.sgd(1e-3, 0.9), codec, error_feedback=error_feedback
+        )
+        return train(tx, 5)
+
+    chex.assert_trees_all_equal(updates(None), updates(default))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(updates(None), updates(not default))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [optax.adamw(1e-3), optax.sgd(1e-3, 0.9), optax.contrib.ademamix(1e-3)],
+    ids=["adamw", "sgd", "ademamix"],
+)
+def test_kernels_make_up_for_the_same(inner):
+    plain, state = one_update(inner, implementation="xla")
+    kernel, state_of_kernel = one_update(inner, implementation="interpret")
+    chex.assert_trees_all_equal(state, state_of_kernel)
+    np.testing.assert_allclose(kernel, plain, rtol=1e-5, atol=1e-9)
+
+
+def test_master_weights_get_it():
+    """With the residual, params in bfloat16 follow those in float32."""
+    inner = optax_flash.compress(optax.sgd(1e-3, 0.9), CODEC)
+    expected, _ = train(inner, 50)
+    tx = optax_flash.master_weights(inner, bits=32)
+    params = jnp.ones(SHAPE, jnp.bfloat16)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for i in range(50):
+        updates, state = update(gradients(i), state, params)
+        params = optax.apply_updates(params, updates)
+    found = optax_flash.master_params(params, state)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
