@@ -309,8 +309,8 @@ def adamw4(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with 4-bit moments: ``compress(optax.adamw(...), "companded4")``.
 
-    1.125 bytes a parameter for both moments. :func:`adamw8` with other codecs;
-    arguments, returns and errors as there.
+    1.125 bytes a parameter for both moments. :func:`adamw8` with other codecs, and with
+    error feedback, see :func:`compress`; arguments, returns and errors as there.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash

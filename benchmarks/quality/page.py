@@ -31,6 +31,7 @@ COLORS = {
     "flashoptim": "tab:orange",
     "8 bits": "tab:blue",
     "4 bits": "tab:green",
+    "4 bits, no error feedback": "tab:brown",
     "4 bits for m, 8 for v": "tab:olive",
     "8 bits for m, 4 for v": "tab:cyan",
 }
