@@ -90,7 +90,9 @@ def test_steps_are_as_large_as_those_of_float32(name, codecs):
     def rms(x):
         return float(jnp.sqrt(jnp.mean(x**2)))
 
-    updates, _ = run(compress(FACTORED, codecs), jnp.float32)
+    # Those of the momentum: error feedback adds to a single step what it owes.
+    tx = compress(FACTORED, codecs, error_feedback=False)
+    updates, _ = run(tx, jnp.float32)
     expected, _ = run(FACTORED, jnp.float32)
     # Rounding in 4 bits adds noise to the momentum, and so to steps of mere noise.
     tolerance = {"companded8": 0.01, "companded4": 0.1}[codecs]
