@@ -26,7 +26,12 @@ def with_reciprocals(jaxpr: core.Jaxpr) -> core.Jaxpr:
                 known[x] = core.Var(x.aval)
                 one = core.Literal(np.float32(1.0), x.aval)
                 eqns.append(eqn.replace(invars=[one, x], outvars=[known[x]]))
-            eqn = product.replace(invars=[dividend, known[x]], outvars=eqn.outvars)
+            # What it has besides, such as its mesh, stays.
+            eqn = eqn.replace(
+                primitive=product.primitive,
+                params=product.params,
+                invars=[dividend, known[x]],
+            )
         eqns.append(eqn)
     return jaxpr.replace(eqns=eqns)
 
