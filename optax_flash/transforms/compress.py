@@ -67,10 +67,10 @@ def compress(
         {1 - \partial m_t / \partial m_{t-1}}
         \left(\mathrm{decode}(c_t) - m_t\right)
 
-    A single update is less exact then, by far, and the sum of updates much more so:
-    errors of rounding no longer add up in the params. The derivatives are those of an
-    element by itself; where an update does not depend on a momentum element by element,
-    as Muon's and Lion's do not, nothing is taken off.
+    A single update is less exact then, and the sum of updates far more exact: errors of
+    rounding no longer add up in the params. The derivatives are those of an element by
+    itself; where an update does not depend on a momentum element by element, as Muon's
+    and Lion's do not, nothing is taken off.
 
     Args:
       inner: the transformation, for example ``optax.adamw(1e-3)``. It sees params and
