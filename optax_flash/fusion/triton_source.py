@@ -340,6 +340,7 @@ _MINIMUM = "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
 _RULES: dict[str, str | Callable[..., str]] = {
     "abs": "tl.abs({0})",
     "add": "{0} + {1}",
+    "add_any": "{0} + {1}",
     "and": "{0} & {1}",
     # What XLA calls, too, is in libdevice. Triton's own exp and log are coarser.
     "atan2": "libdevice.atan2({0}, {1})",

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.interpreters import ad
 
 import optax_flash
 from optax_flash.fusion import pallas, run, triton
@@ -19,6 +20,7 @@ from optax_flash.fusion.triton_source import KNOWN, Unsupported, Writer
 # These are no primitives, or none that reaches a backend.
 DROPPED = {"copy", "copy_p", "stop_gradient"}
 UNLIKE_THEIR_NAME = {
+    "add_any": ad.add_jaxvals,
     "and": lambda x, y: lax.bitwise_and(*_ints(x, y)),
     "bitcast_convert_type": lambda x: lax.bitcast_convert_type(
         x, f"uint{x.dtype.itemsize * 8}"
@@ -35,7 +37,7 @@ UNLIKE_THEIR_NAME = {
     "xor": lambda x, y: lax.bitwise_xor(*_ints(x, y)),
 }
 OF_TWO = set(
-    "add and atan2 div eq ge gt le lt max min mul ne or pow rem shift_left "
+    "add add_any and atan2 div eq ge gt le lt max min mul ne or pow rem shift_left "
     "shift_right_arithmetic shift_right_logical sub xor".split()
 )
 
