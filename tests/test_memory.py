@@ -1,5 +1,7 @@
 """Bytes: claimed from shapes, counted on live arrays, bounded."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -181,3 +183,23 @@ def test_eager_init_holds_no_float32_moments():
     # their largest values, and scales and reciprocals, at most two of each moment.
     groups = 1024 * 1024 // 32
     assert memory.temp_size_in_bytes <= 4 * (4 * groups)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (512, 512)], ids=["small", "large"])
+@pytest.mark.parametrize("alias", [optax_flash.adamw8, optax_flash.adamw4])
+def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, shape):
+    """Leaves use the same memory in turn, or those of one call do."""
+    tx = optax_flash.master_weights(alias(1e-3), finished=True)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {f"{i}": jax.ShapeDtypeStruct(shape, jnp.float32) for i in range(32)}
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    memory = step.lower(params, state, params).compile().memory_analysis()
+    # Two of them at a time, each with two moments, random bits and, of 4 bits, codes a
+    # byte wide before and after: 16 bytes for each element, and maxima of groups.
+    of_a_leaf = 17 * math.prod(shape)
+    assert memory.temp_size_in_bytes < 2 * of_a_leaf

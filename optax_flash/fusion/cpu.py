@@ -32,8 +32,20 @@ from optax_flash.numerics.codecs import Codec
 
 
 def update(shards: list[Shard]) -> list[list[jax.Array]]:
-    """The results of programs, each on a shard of its leaf."""
-    return [_update(shard) for shard in shards]
+    """The results of programs, each on a shard of its leaf.
+
+    XLA runs at the same time what shares no memory. So that this holds for leaves of
+    different calls, what a leaf writes on the way stays alive until the next one of its
+    own call begins.
+    """
+    results = []
+    temporaries: list[jax.Array] = []
+    for shard in shards:
+        last = len(results) == len(shards) - 1
+        operands = _held(shard.operands, temporaries)
+        of_leaf, temporaries = _update(shard._replace(operands=operands), last)
+        results.append(of_leaf)
+    return results
 
 
 def misfit(program: Program) -> str | None:
@@ -61,22 +73,26 @@ def _encodes(program: Program) -> list[core.JaxprEqn]:
     ]
 
 
-def _update(shard: Shard) -> list[jax.Array]:
+def _update(shard: Shard, last: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The results, and unless it is the last what was written on the way."""
     program, shape = shard.program, shard.shape
     layout = Layout.of(program, shape, shard.place)
     offsets = shard.place.offsets
-    run = _steps(program, layout, offsets is not None)
+    run = _steps(program, layout, offsets is not None, last)
     operands = [
-        _to_tiles(layout, role, x)
+        to_tile(layout, role, x)
         for role, x in zip(program.inputs, shard.operands, strict=True)
     ]
-    results = run([jnp.asarray(x, jnp.int32) for x in offsets or ()], operands)
-    return [
-        _from_tiles(role, x, like.shape)
+    tiles, temporaries = run(
+        [jnp.asarray(x, jnp.int32) for x in offsets or ()], operands
+    )
+    results = [
+        from_tile(role, x, like.shape)
         for role, x, like in zip(
-            program.outputs, results, shard.result_shapes(), strict=True
+            program.outputs, tiles, shard.result_shapes(), strict=True
         )
     ]
+    return results, temporaries
 
 
 class _Traced(NamedTuple):
@@ -153,8 +169,13 @@ IN_CACHE = 2**20
 
 
 @functools.lru_cache(maxsize=4096)
-def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]:
-    """A program in phases, as a function of offsets and operands in tiles."""
+def _steps(
+    program: Program, layout: Layout, offset: bool, last: bool
+) -> Callable[..., Any]:
+    """A program in phases, as a function of offsets and operands in tiles.
+
+    It returns results in tiles and, unless it is the last, all else that phases wrote.
+    """
     traced = _trace(program, layout, offset)
     errors = set(traced.errors.values())
     inputs = [x for x in traced.jaxpr.invars if x not in errors]
@@ -231,8 +252,11 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
     ]
 
     @_uninlined
-    def run(offsets: list[jax.Array], operands: list[Any]) -> list[Any]:
-        env = dict(zip(inputs, jax.tree.leaves((offsets, operands)), strict=True))
+    def run(
+        offsets: list[jax.Array], operands: list[Any]
+    ) -> tuple[list[Any], list[jax.Array]]:
+        unpacked = list(map(_unpacked, program.inputs, operands))
+        env = dict(zip(inputs, jax.tree.leaves((offsets, unpacked)), strict=True))
         for x, compute in first:
             env[x] = compute(env)
         maxima = find_maxima(env)
@@ -244,7 +268,13 @@ def _steps(program: Program, layout: Layout, offset: bool) -> Callable[..., Any]
             for find, *of_field in zip(find_codes, scales, maxima, strict=True)
         ]
         stored = [*codes, *scales]
-        return [stored[x] if isinstance(x, int) else env[x] for x in traced.results]
+        found = [stored[x] if isinstance(x, int) else env[x] for x in traced.results]
+        results = list(map(_repacked, program.outputs, found))
+        if last:
+            return results, []
+        written = [unpacked, [env[x] for x in kept], maxima, found]
+        others = {id(x) for x in jax.tree.leaves((operands, results))}
+        return results, [x for x in jax.tree.leaves(written) if id(x) not in others]
 
     return run
 
@@ -359,16 +389,21 @@ def _uninlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _to_tiles(layout: Layout, role: Role, x: Any) -> Any:
-    x = to_tile(layout, role, x)
+def _held(operands: list[Any], temporaries: list[jax.Array]) -> list[Any]:
+    """Operands as they are; until they are taken, temporaries are not written over."""
+    if not temporaries:
+        return operands
+    return _uninlined(lambda operands, _: operands)(operands, temporaries)
+
+
+def _unpacked(role: Role, x: Any) -> Any:
     packed = _packed(role)
     return _uninlined(packed.unpack)(x) if packed else x
 
 
-def _from_tiles(role: Role, x: Any, shape: tuple[int, ...]) -> jax.Array:
-    if packed := _packed(role):
-        x = _uninlined(packed.pack)(x)
-    return from_tile(role, x, shape)
+def _repacked(role: Role, x: Any) -> Any:
+    packed = _packed(role)
+    return _uninlined(packed.pack)(x) if packed else x
 
 
 def _packed(role: Role) -> Codec | None:

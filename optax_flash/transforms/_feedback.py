@@ -65,15 +65,18 @@ def with_gains(
         at = {i: place[id(x)] for i, x in by_param.items()}
         moved = [jaxpr.invars[k] for k in at.values()]
         separate, moving = _without_mixing(jaxpr, moved)
+        at = {i: k for i, k in at.items() if jaxpr.outvars[i] in moving}
+        gains[field] = {}
+        if not at:
+            continue
         outs, tangents = _derivative(
             core.ClosedJaxpr(separate, closed.consts), leaves, list(at.values())
         )
         results = results or outs
         gains[field] = {
-            i: _gain(tangents[i], tangents[count + k])
-            for i, k in at.items()
-            if jaxpr.outvars[i] in moving
+            i: _gain(tangents[i], tangents[count + k]) for i, k in at.items()
         }
+    results = results or core.jaxpr_as_fun(closed)(*leaves)
     new = new_state.unflatten(results[count:])
     return updates.unflatten(results[:count]), new, gains
 
