@@ -60,11 +60,11 @@ def compiled(tx, dtype, device):
     params = on_device({"w": jax.ShapeDtypeStruct(SHAPE, dtype)})
     state = on_device(jax.eval_shape(tx.init, params))
 
-    def step(grads, state, params):
+    def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step, donate_argnums=(1, 2))
+    step = jax.jit(step, donate_argnums=(0, 1))
     return step.lower(params, state, params).compile(), (params, state)
 
 

@@ -75,11 +75,11 @@ def compile_step(tx, params, mesh=None, spec=(), donate_grads=False):
     state = jax.eval_shape(tx.init, params)
     params, state = sharded_like((params, state), mesh, spec)
 
-    def step(grads, state, params):
+    def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    donated = (0, 1, 2) if donate_grads else (1, 2)
+    donated = (0, 1, 2) if donate_grads else (0, 1)
     return inspect(jax.jit(step, donate_argnums=donated), params, state, params)
 
 

@@ -47,11 +47,11 @@ def lower(tx, mesh, spec, dtype):
 
     state = jax.tree_util.tree_map_with_path(place, state)
 
-    def step(grads, state, params):
+    def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(1, 2)), (params, state, params)
+    return jax.jit(step, donate_argnums=(0, 1)), (params, state, params)
 
 
 def collectives(text):
