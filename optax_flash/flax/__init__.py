@@ -9,4 +9,5 @@ except ImportError as error:
 
 from optax_flash.flax.linen import TrainState as TrainState
 from optax_flash.flax.nnx import Optimizer as Optimizer
-from optax_flash.flax.precision import is_norm as is_norm
+from optax_flash.flax.norms import is_norm as is_norm
+from optax_flash.flax.norms import norm_paths as norm_paths

@@ -8,7 +8,12 @@ import optax
 from flax.training import train_state
 from jax.typing import DTypeLike
 
-from optax_flash.flax.precision import KeepFloat32, is_norm, with_master_weights
+from optax_flash.flax.precision import (
+    KeepFloat32,
+    float32_paths,
+    kept_by,
+    with_master_weights,
+)
 from optax_flash.release import Sequence, train_step
 from optax_flash.sharding import tree_sharding
 from optax_flash.transforms.master_weights import (
@@ -51,7 +56,7 @@ class TrainState(train_state.TrainState):
         param_dtype: DTypeLike = jnp.bfloat16,
         bits: int = 24,
         codec: str = "exact",
-        keep_float32: KeepFloat32 | None = is_norm,
+        keep_float32: KeepFloat32 = "norms",
         **kwargs: Any,
     ) -> "TrainState":
         """A state at step 0.
@@ -64,11 +69,15 @@ class TrainState(train_state.TrainState):
           param_dtype: of the params: bfloat16 or float16; float32 casts nothing.
           bits: of param and residual together: 24 or 32.
           codec: of the residual: "exact", or "flashoptim" for the published format.
-          keep_float32: ``(path, param) -> bool`` for params that stay float32, norms
-            by default; None for none.
+          keep_float32: "norms" for those of :func:`optax_flash.flax.norm_paths`;
+            ``(path, param) -> bool``, which decides instead; or None for none.
+            ``kept_float32`` lists what it kept.
           **kwargs: fields that a subclass adds.
+
+        Raises:
+          ValueError: ``keep_float32`` is another string.
         """
-        half = cast_params(params, param_dtype, keep_float32)
+        half = cast_params(params, param_dtype, kept_by(keep_float32, params))
         state = super().create(
             apply_fn=apply_fn,
             params=half,
@@ -124,6 +133,22 @@ class TrainState(train_state.TrainState):
           ValueError: as :func:`optax_flash.state_sharding` does.
         """
         return tree_sharding(self, self.tx, self.params, param_sharding)
+
+    def kept_float32(self) -> list[str]:
+        """The sorted paths of the params that are stored in float32.
+
+        Example:
+          >>> import jax.numpy as jnp, optax_flash
+          >>> from optax_flash.flax import TrainState
+          >>> norm = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+          >>> dense = {"kernel": jnp.ones((8, 8)), "bias": jnp.zeros(8)}
+          >>> params = {"n1": norm, "dense": dense}
+          >>> tx = optax_flash.adamw8(1e-3)
+          >>> state = TrainState.create(apply_fn=None, params=params, tx=tx)
+          >>> state.kept_float32()
+          ['n1/bias', 'n1/scale']
+        """
+        return float32_paths(self.params)
 
     def fp32_params(self) -> optax.Params:
         """The float32 weights, for evaluation and export."""

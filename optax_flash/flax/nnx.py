@@ -8,7 +8,12 @@ import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from optax_flash.flax.precision import KeepFloat32, is_norm, with_master_weights
+from optax_flash.flax.precision import (
+    KeepFloat32,
+    float32_paths,
+    kept_by,
+    with_master_weights,
+)
 from optax_flash.numerics import meshes
 from optax_flash.transforms import _mirror, _shardings
 from optax_flash.transforms.master_weights import (
@@ -54,7 +59,7 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         param_dtype: DTypeLike = jnp.bfloat16,
         bits: int = 24,
         codec: str = "exact",
-        keep_float32: KeepFloat32 | None = is_norm,
+        keep_float32: KeepFloat32 = "norms",
     ):
         """Casts the model's params and makes their optimizer state.
 
@@ -66,11 +71,15 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
           param_dtype: of the params: bfloat16 or float16; float32 casts nothing.
           bits: of param and residual together: 24 or 32.
           codec: of the residual: "exact", or "flashoptim" for the published format.
-          keep_float32: ``(path, param) -> bool`` for params that stay float32, norms
-            by default; None for none.
+          keep_float32: "norms" for those of :func:`optax_flash.flax.norm_paths`;
+            ``(path, param) -> bool``, which decides instead; or None for none.
+            ``kept_float32`` lists what it kept.
+
+        Raises:
+          ValueError: ``keep_float32`` is another string.
         """
         weights = nnx.as_pure(nnx.state(model, wrt))
-        half = cast_params(weights, param_dtype, keep_float32)
+        half = cast_params(weights, param_dtype, kept_by(keep_float32, model, wrt))
         nnx.update(model, half)
         tx = with_master_weights(tx, bits, codec)
 
@@ -81,6 +90,22 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         self.tx = tx
         state = set_master_params(nnx.as_pure(self.opt_state), half, weights)
         nnx.update(self.opt_state, nnx.state(state))
+
+    def kept_float32(self, model: M) -> list[str]:
+        """The sorted paths of the model's trained params that are stored in float32.
+
+        Example:
+          >>> import optax_flash
+          >>> from flax import nnx
+          >>> from optax_flash.flax import Optimizer
+          >>> rngs = nnx.Rngs(0)
+          >>> n1, up = nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 32, rngs=rngs)
+          >>> model = nnx.Sequential(n1, up)
+          >>> optimizer = Optimizer(model, optax_flash.adamw8(1e-3), wrt=nnx.Param)
+          >>> optimizer.kept_float32(model)
+          ['layers/0/bias', 'layers/0/scale']
+        """
+        return float32_paths(nnx.as_pure(nnx.state(model, self.wrt)))
 
     def fp32_params(self, model: M) -> optax.Params:
         """The model's float32 weights, for evaluation and export."""

@@ -1,43 +1,52 @@
-"""What both train states do: params in half precision, but norms, and their rest."""
+"""What both train states do: params in half precision except norms, and their rest."""
 
 import functools
-import re
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import optax
+from flax import nnx
 
+from optax_flash.flax.norms import norm_paths
+from optax_flash.transforms import _mirror
 from optax_flash.transforms.master_weights import master_weights
 
-KeepFloat32 = Callable[[str, jax.Array], bool]
-
-_NORM = re.compile(
-    r"norm|^ln(_|\d|$)|_ln(_|\d|$)|^bn(_|\d|$)|_bn(_|\d|$)", re.IGNORECASE
-)
+KeepFloat32 = Callable[[str, jax.Array], bool] | Literal["norms"] | None
 
 
-def is_norm(path: str, param: jax.Array) -> bool:
-    """Whether a param belongs to a normalisation layer, by its path.
-
-    True where a part of the path has ``norm`` in it or is an ``ln`` or ``bn``, and for
-    vectors called ``scale``, the name of Flax's norm gains. Such params are few, and
-    sit near 1, where half precision is coarsest against their small steps.
+def kept_by(
+    keep_float32: KeepFloat32, params: Any, wrt: Any = nnx.Param
+) -> Callable[[str, jax.Array], bool] | None:
+    """``keep_float32`` as :func:`optax_flash.cast_params` takes it.
 
     Args:
-      path: such as ``"decoder/LayerNorm_0/scale"``.
-      param: the param.
+      keep_float32: of a train state.
+      params: an nnx model, or a tree of params.
+      wrt: the filter for the params of an nnx model.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optax_flash.flax import is_norm
-      >>> is_norm("decoder/LayerNorm_0/bias", jnp.zeros(8))
-      True
-      >>> is_norm("decoder/Dense_0/kernel", jnp.zeros((8, 8)))
-      False
+    Raises:
+      ValueError: another string than "norms".
     """
-    parts = path.split("/")
-    gain = parts[-1] == "scale" and param.ndim <= 1
-    return gain or any(_NORM.search(part) for part in parts)
+    if keep_float32 is None or callable(keep_float32):
+        return keep_float32
+    if keep_float32 != "norms":
+        raise ValueError(
+            f'keep_float32 is {keep_float32!r}; give "norms", a function '
+            "(path, param) -> bool, or None."
+        )
+    norms = frozenset(norm_paths(params, wrt))
+    return lambda path, _: path in norms
+
+
+def float32_paths(params: optax.Params) -> list[str]:
+    """The sorted paths of float32 params."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sorted(
+        _mirror.path_str(path)
+        for path, p in leaves
+        if getattr(p, "dtype", None) == "float32"
+    )
 
 
 @functools.lru_cache(maxsize=1024)
