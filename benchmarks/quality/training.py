@@ -14,7 +14,7 @@ import optax
 from workloads import Workload
 
 import optax_flash
-from optax_flash.flax import is_norm
+from optax_flash.flax import norm_paths
 
 from .conditions import Condition
 from .results import Results
@@ -113,7 +113,10 @@ class Trainer:
         weights = self._workload.init(seed)
         if self._condition.nudged:
             weights = jax.tree.map(lambda w: jnp.nextafter(w, jnp.inf), weights)
-        params = optax_flash.cast_params(weights, self._condition.params, is_norm)
+        norms = frozenset(norm_paths(weights))
+        params = optax_flash.cast_params(
+            weights, self._condition.params, lambda path, _: path in norms
+        )
         state = self._tx.init(params)
         if self._condition.residual is not None:
             state = optax_flash.set_master_params(state, params, weights)

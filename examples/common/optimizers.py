@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax import nnx
 
 import optax_flash
+from optax_flash.flax import norm_paths
 
 LEARNING_RATES = {
     "lion": 1e-3,
@@ -51,14 +53,18 @@ class Name(NamedTuple):
 def matrices(params):
     """A mask for weight decay: True for matrices, False for biases and gains of norms.
 
-    Those of a stack of layers have two axes, so names count, too.
+    Those of a stack of layers have two axes, so axes alone do not tell.
     """
+    norms = frozenset(norm_paths(params))
 
     def decays(path, p) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
-        return p.ndim > 1 and name not in ("bias", "scale")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return p.ndim > 1 and name not in norms and name.split("/")[-1] != "bias"
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    # The path of an nnx.Variable; that of the array in it ends with "value".
+    return jax.tree_util.tree_map_with_path(
+        decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
 
 
 def factored_adamw(learning_rate, weight_decay=0.0, mask=None):

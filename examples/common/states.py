@@ -52,7 +52,8 @@ def create_state(
             codec=config.residual,
             **fields,
         )
-    params = optax_flash.cast_params(weights, dtype, optax_flash.flax.is_norm)
+    norms = frozenset(optax_flash.flax.norm_paths(weights))
+    params = optax_flash.cast_params(weights, dtype, lambda path, _: path in norms)
     return train_state.TrainState.create(
         apply_fn=apply_fn, params=params, tx=tx, **fields
     )

@@ -72,7 +72,8 @@ def create_state(config: Config, model: nnx.Module) -> State:
             )
             return SplitState(model, optimizer)
         params = nnx.as_pure(nnx.state(model, nnx.Param))
-        params = optax_flash.cast_params(params, dtype, optax_flash.flax.is_norm)
+        norms = frozenset(optax_flash.flax.norm_paths(model))
+        params = optax_flash.cast_params(params, dtype, lambda path, _: path in norms)
         nnx.update(model, params)
         return State(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 

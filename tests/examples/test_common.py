@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import optax_flash
@@ -115,6 +116,25 @@ def test_all_kinds_of_adamw_have_one_b2():
     tx = optimizers.make_optimizer("adamw(b2=0.9)", steps=10, warmup=0, clip=0)
     _, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(optax.tree.get(state, "nu")["kernel"], 0.4, rtol=1e-6)
+
+
+def test_matrices_decay_and_stacks_of_biases_and_gains_do_not():
+    """Whatever a norm is called; of an nnx model, params lie in Variables."""
+    stack = {
+        "n1": {"scale": jnp.ones((3, 8)), "bias": jnp.ones((3, 8))},
+        "rms_norm": {"weight": jnp.ones((3, 8))},
+        "up": {"kernel": jnp.ones((3, 8, 8)), "bias": jnp.ones((3, 8))},
+        "gate": {"scale": jnp.ones((3, 8, 8))},
+    }
+    expected = {
+        "n1": {"scale": False, "bias": False},
+        "rms_norm": {"weight": False},
+        "up": {"kernel": True, "bias": False},
+        "gate": {"scale": True},
+    }
+    assert optimizers.matrices({"blocks": stack}) == {"blocks": expected}
+    variables = nnx.State({"blocks": jax.tree.map(nnx.Param, stack)})
+    assert nnx.to_pure_dict(optimizers.matrices(variables)) == {"blocks": expected}
 
 
 # --- the loop
