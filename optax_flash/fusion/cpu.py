@@ -27,7 +27,7 @@ from optax_flash.fusion.plan import tile_operands
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 from optax_flash.fusion.tiles import Layout, Place, Shard, from_tile, to_tile
-from optax_flash.numerics import hashing
+from optax_flash.numerics import arithmetic
 from optax_flash.numerics.codecs import Codec
 
 
@@ -103,16 +103,18 @@ class _Traced(NamedTuple):
         encoded, values that are, and random bits.
       results: variables; for codes and scales their number among what is encoded.
       values: variables of the fields that are encoded.
+      most: variables of what limits them, for those that are limited.
       bits: the variable of the leaf's random bits.
-      codecs: of the fields.
+      op: encodes them.
       errors: by the index of a field, the variable of its error.
     """
 
     jaxpr: core.Jaxpr
     results: list[Any]
     values: list[Any]
+    most: list[Any]
     bits: Any
-    codecs: tuple[Codec, ...]
+    op: Encode
     errors: dict[int, Any]
 
 
@@ -120,6 +122,7 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     (encode,) = _encodes(program)
     op: Encode = encode.params["op"]
     start, salt, *values = encode.invars
+    fields = len(op.codecs)
     stored = 2 * len(op.codecs)
     encoded = {x: i for i, x in enumerate(encode.outvars[:stored])}
     plain = [x for x in program.jaxpr.outvars if x not in encoded]
@@ -141,11 +144,12 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
         *out, start, salt = evaluate(arithmetic, tile, [*operands, *errors])
         out = [jnp.broadcast_to(x, tile.shape) for x in out]
         results, values = out[: len(plain)], out[len(plain) :]
+        values, most = values[:fields], values[fields:]
         if tile.mask is not None:
             # Past the end of a row an optimizer may compute anything from zeros.
             values = [jnp.where(tile.mask, x, 0.0) for x in values]
         values = [x.astype(jnp.float32) for x in values]
-        return [*results, *values, tile.bits(start, salt)]
+        return [*results, *values, *most, tile.bits(start, salt)]
 
     closed = jax.make_jaxpr(run)(
         [jax.ShapeDtypeStruct((), jnp.int32)] * (len(program.shape) if offset else 0),
@@ -158,10 +162,11 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     results = [
         encoded[x] if x in encoded else next(computed) for x in program.jaxpr.outvars
     ]
-    values = outvars[len(plain) :]
+    values = outvars[len(plain) : len(plain) + fields]
+    most = outvars[len(plain) + fields :]
     first_error = len(closed.jaxpr.invars) - len(op.errors)
     errors = dict(zip(op.errors, closed.jaxpr.invars[first_error:], strict=True))
-    return _Traced(closed.jaxpr, results, values, bits, op.codecs, errors)
+    return _Traced(closed.jaxpr, results, values, most, bits, op, errors)
 
 
 IN_CACHE = 2**20
@@ -182,7 +187,7 @@ def _steps(
     fits = layout.units * layout.lanes <= IN_CACHE
     kept = [
         x
-        for x in dict.fromkeys([*traced.values, traced.bits])
+        for x in dict.fromkeys([*traced.values, *traced.most, traced.bits])
         if fits and x not in inputs
     ]
     plain = list(dict.fromkeys(x for x in traced.results if not isinstance(x, int)))
@@ -225,7 +230,7 @@ def _steps(
     def alone(x: Any) -> Any:
         return x
 
-    encoded = [*traced.values, traced.bits]
+    encoded = [*traced.values, *traced.most, traced.bits]
     rest = [*exact, *rounded, *encoded]
     known = list(inputs)
     first = []
@@ -236,19 +241,22 @@ def _steps(
         later = [*exact[i + 1 :], *rounded, *encoded]
         first.append((x, phase([x], known, alone, later)))
     find_maxima = phase(
-        traced.values, known, functools.partial(_maxima, traced.codecs), []
+        traced.values, known, functools.partial(_maxima, traced.op.codecs), []
     )
-    find_scales = _uninlined(functools.partial(_scales, traced.codecs))
+    find_scales = _uninlined(functools.partial(_scales, traced.op.codecs))
     second = []
     for i, x in enumerate(rounded):
         wanted, finish = _after_rounding(traced, x, known)
         later = [*rounded[i + 1 :], *encoded]
         second.append((x, phase(wanted, known, finish, later)))
     find_codes = [
-        phase([x, traced.bits], known, functools.partial(_codes, codec, field), [])
-        for field, (codec, x) in enumerate(
-            zip(traced.codecs, traced.values, strict=True)
+        phase(
+            [x, traced.bits, *traced.most],
+            known,
+            functools.partial(_codes, traced.op, field),
+            [],
         )
+        for field, x in enumerate(traced.values)
     ]
 
     @_uninlined
@@ -292,6 +300,7 @@ def _after_rounding(
     fields = [i for i, error in traced.errors.items() if error in needed]
     errors = [traced.errors[i] for i in fields]
     others = [y for y in needed if y not in errors]
+    limits = len(traced.most)
     jaxpr = jaxpr_of([*others, *errors], [x], equations)
 
     compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
@@ -300,13 +309,15 @@ def _after_rounding(
         *arrays, scales, maxima = args
         n = len(fields)
         values, bits, others = arrays[:n], arrays[n], arrays[n + 1 :]
+        most, others = others[:limits], others[limits:]
         errors = [
-            _error(traced.codecs[i], i, value, bits, scales[i], maxima[i])
+            _error(traced.op, i, value, bits, *most, scales[i], maxima[i])
             for i, value in zip(fields, values, strict=True)
         ]
         return compute(*others, *errors)[0]
 
-    return [*(traced.values[i] for i in fields), traced.bits, *others], finish
+    rounding = [traced.bits, *traced.most]
+    return [*(traced.values[i] for i in fields), *rounding, *others], finish
 
 
 def _slice(
@@ -348,27 +359,30 @@ def _scales(codecs: tuple[Codec, ...], maxima: list[tuple[Any, ...]]) -> list[An
 
 
 def _codes(
-    codec: Codec,
+    op: Encode,
     field: int,
     value: jax.Array,
     bits: jax.Array,
-    scales: Any,
-    maxima: Any,
+    *more: Any,
 ) -> jax.Array:
-    bits = _groups(hashing.for_field(bits, field), codec.group)
-    codes = codec.codes(_groups(value, codec.group), scales, maxima, bits)
+    """The codes of a field, from limits of all fields, its scales and its maxima."""
+    *most, scales, maxima = more
+    codec = op.codecs[field]
+    group = functools.partial(_groups, group=codec.group)
+    bits_of_field = arithmetic.in_groups(op.bits(field, bits, most), group)
+    codes = codec.codes(group(value), scales, maxima, bits_of_field)
     return codes.reshape(value.shape)
 
 
 def _error(
-    codec: Codec,
+    op: Encode,
     field: int,
     value: jax.Array,
     bits: jax.Array,
-    scales: Any,
-    maxima: Any,
+    *more: Any,
 ) -> jax.Array:
-    codes = _codes(codec, field, value, bits, scales, maxima)
+    codec, (*_, scales, _) = op.codecs[field], more
+    codes = _codes(op, field, value, bits, *more)
     decoded = codec.decode_groups(_groups(codes, codec.group), scales)
     return decoded.reshape(value.shape) - value
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
 from optax_flash.fusion import wide
-from optax_flash.fusion.ops import Decode, Elementwise, Encode, op_p
+from optax_flash.fusion.ops import Decode, Elementwise, Encode, Within, op_p
 from optax_flash.fusion.plan import on_one_unit, once_a_family
 from optax_flash.fusion.program import CALLS, Program, Role, flat_equations
 from optax_flash.fusion.tiles import Shard
@@ -207,18 +207,23 @@ class _Block(NamedTuple):
         dtypes = tuple(x.aval.dtype for x in eqn.invars)
         if isinstance(op, Elementwise):
             return self.evaluate(_elementwise(op.function, op.static, dtypes), args)
+        if isinstance(op, Within):
+            x, y = args
+            y = y if self.mask is None else jnp.where(self.mask, y, 0.0)
+            return self.evaluate(_within(op), [x, y])
         start, salt, *arrays = args
         (seed,) = self.evaluate(_seed(), [start, salt])
         (bits,) = self.evaluate(_mix(), [self.places ^ seed])
         if not isinstance(op, Encode):
             function = _elementwise(op.function, op.static, (np.uint32, *dtypes[2:]))
             return self.evaluate(function, [bits, *arrays])
+        arrays, most = arrays[: len(op.codecs)], arrays[len(op.codecs) :]
         if self.mask is not None:
             # Past the end of a row there may be anything.
             arrays = [jnp.where(self.mask, x, 0.0) for x in arrays]
         stored = [
-            self.evaluate(_encoding(codec, i), [x, bits])
-            for i, (codec, x) in enumerate(zip(op.codecs, arrays, strict=True))
+            self.evaluate(_encoding(op, i), [x, bits, *most])
+            for i, x in enumerate(arrays)
         ]
         codes, scales = zip(*stored, strict=True)
         decoded = [
@@ -251,12 +256,21 @@ def _decoding(codec: Codec) -> Any:
 
 
 @functools.cache
-def _encoding(codec: Codec, field: int) -> Any:
-    def encode(x: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes, (scales,) = codec.encode_groups(x, hashing.for_field(bits, field))
+def _encoding(op: Encode, field: int) -> Any:
+    def encode(
+        x: jax.Array, bits: jax.Array, *most: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        codec = op.codecs[field]
+        codes, (scales,) = codec.encode_groups(x, op.bits(field, bits, most))
         return codes, scales
 
-    return _jaxpr(encode, _element(jnp.float32), _element(jnp.uint32))
+    limits = [_element(jnp.float32) for _ in op.limited]
+    return _jaxpr(encode, _element(jnp.float32), _element(jnp.uint32), *limits)
+
+
+@functools.cache
+def _within(op: Within) -> Any:
+    return _jaxpr(op.of_groups, _element(jnp.float32), _element(jnp.float32))
 
 
 @functools.lru_cache(maxsize=4096)

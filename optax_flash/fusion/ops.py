@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from optax_flash.numerics import hashing
+from optax_flash.numerics import arithmetic, groups, hashing
 from optax_flash.numerics.codecs import Codec
 
 
@@ -91,25 +92,47 @@ class Decode(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Encode(Op):
-    """``(start, salt, *arrays)`` of a leaf's fields to ``(*codes, *scales, *errors)``.
+    """``(start, salt, *arrays, *most)`` of a leaf to ``(*codes, *scales, *errors)``.
 
-    ``start`` is :func:`hashing.start` of the step, ``salt`` the leaf's.
+    ``start`` is :func:`hashing.start` of the step, ``salt`` the leaf's. There is an
+    array for each field, and one of the largest magnitudes that may be stored for each
+    field that is limited.
 
     Attributes:
       codecs: of the fields.
       shape: of each array.
-      errors: the fields of which it is returned what rounding adds to them; float32.
+      errors: indices of the fields whose rounding error, decoded minus exact, is
+        returned too; float32.
+      nearest: indices of the fields that are rounded to nearest, not stochastically.
+      limited: indices of those of them whose magnitudes are limited.
     """
 
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
     errors: tuple[int, ...] = ()
+    nearest: tuple[int, ...] = ()
+    limited: tuple[int, ...] = ()
+
+    def bits(self, field: int, of_leaf: jax.Array, most: Any) -> arithmetic.Bits:
+        """What decides a field's rounding.
+
+        Args:
+          field: its index.
+          of_leaf: the leaf's random bits.
+          most: what :attr:`limited` fields are limited by.
+        """
+        if field in self.limited:
+            return arithmetic.Nearest(most[self.limited.index(field)])
+        if field in self.nearest:
+            return arithmetic.Nearest()
+        return hashing.for_field(of_leaf, field)
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        start, salt, *arrays = args
+        start, salt, *rest = args
+        arrays, most = rest[: len(self.codecs)], rest[len(self.codecs) :]
         bits = hashing.bits(hashing.seed(start, salt), self.shape)
         stored = [
-            codec.encode(x, hashing.for_field(bits, i))
+            codec.encode(x, self.bits(i, bits, most))
             for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True))
         ]
         codes, scales = zip(*stored, strict=True)
@@ -120,7 +143,8 @@ class Encode(Op):
         return *codes, *scales, *errors
 
     def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
-        start, salt, *arrays = args
+        start, salt, *rest = args
+        arrays, most = rest[: len(self.codecs)], rest[len(self.codecs) :]
         bits = tile.bits(start, salt)
         stored, errors = [], []
         for i, (codec, x) in enumerate(zip(self.codecs, arrays, strict=True)):
@@ -128,7 +152,8 @@ class Encode(Op):
                 # Past the end of a row an optimizer may compute anything from zeros.
                 x = jnp.where(tile.mask, x, 0.0)
             x = tile.groups(x.astype(jnp.float32), codec.group)
-            bits_of_field = tile.groups(hashing.for_field(bits, i), codec.group)
+            group = functools.partial(tile.groups, group=codec.group)
+            bits_of_field = arithmetic.in_groups(self.bits(i, bits, most), group)
             codes, planes = codec.encode_groups(x, bits_of_field)
             if i in self.errors:
                 error = codec.decode_groups(codes, planes) - x
@@ -137,6 +162,46 @@ class Encode(Op):
             stored.append((codes.reshape(tile.shape[0], -1), planes))
         codes, scales = zip(*stored, strict=True)
         return *codes, *scales, *errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Within(Op):
+    """``(correction, update)`` to a correction within bounds.
+
+    It does not turn the update's sign around, and its size is at most some times the
+    largest update in its group.
+
+    Attributes:
+      times: how many times.
+      group: how many neighbours along the last axis are a group.
+    """
+
+    times: float
+    group: int
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        x, y = (groups.with_whole_groups(z, self.group) for z in args)
+        shape = x.shape
+        bounded = self.of_groups(*(groups.split(z, self.group) for z in (x, y)))
+        bounded = groups.merge(bounded, shape)
+        return (bounded if x is args[0] else groups.sharded_like(bounded, args[0]),)
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        x, y = args
+        if tile.mask is not None:
+            # Past the end of a row an optimizer may compute anything from zeros.
+            y = jnp.where(tile.mask, y, 0.0)
+        bounded = self.of_groups(*(tile.groups(z, self.group) for z in (x, y)))
+        return (bounded.reshape(tile.shape),)
+
+    def of_groups(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The operation on arrays of shape ``(..., group)``."""
+        largest = jnp.max(arithmetic.magnitude_bits(y), axis=-1)
+        most = lax.bitcast_convert_type(largest, jnp.float32) * np.float32(self.times)
+        most = jnp.broadcast_to(most[..., None], y.shape)
+        low = jnp.where(y < 0.0, -most, -y)
+        high = jnp.where(y < 0.0, -y, most)
+        return jnp.minimum(jnp.maximum(x, low), high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ class _Affine(Codec):
         x: jax.Array,
         scales: tuple[jax.Array, ...],
         maxima: tuple[jax.Array, ...],
-        bits: jax.Array | None,
+        bits: arithmetic.Bits,
     ) -> jax.Array:
         del maxima
         step, zero = scales

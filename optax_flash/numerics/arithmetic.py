@@ -1,5 +1,8 @@
 """What codecs compute with, in forms that XLA keeps exact and puts in vectors."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,35 @@ from jax import lax
 from optax_flash.numerics import hashing
 
 
-def noise(bits: jax.Array | None) -> jax.Array | np.float32:
-    """How much of the way to the upper code rounding forgives, in (0, 1)."""
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """Rounding to the nearer code, where errors are made up for elsewhere.
+
+    Attributes:
+      most: the largest magnitudes that may be stored; None for any. # float32
+    """
+
+    most: jax.Array | None = None
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> "Nearest":
+        """The same for values that a function gives another shape."""
+        return Nearest(None if self.most is None else function(self.most))
+
+
+Bits = jax.Array | Nearest | None
+"""What decides the rounding: random bits, or a rule; None is ``Nearest()`` alone."""
+
+
+def in_groups(bits: Bits, function: Callable[[jax.Array], jax.Array]) -> Bits:
+    """Bits of values that a function puts in groups."""
     if bits is None:
+        return None
+    return bits.map(function) if isinstance(bits, Nearest) else function(bits)
+
+
+def noise(bits: Bits) -> jax.Array | np.float32:
+    """How much of the way to the upper code rounding forgives, in (0, 1)."""
+    if bits is None or isinstance(bits, Nearest):
         return np.float32(0.5)
     return hashing.uniform(bits) + np.float32(2**-25)
 

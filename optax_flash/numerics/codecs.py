@@ -60,22 +60,22 @@ class Codec(abc.ABC):
             )
 
     def encode(
-        self, x: jax.Array, bits: jax.Array | None = None
+        self, x: jax.Array, bits: arithmetic.Bits = None
     ) -> tuple[jax.Array, jax.Array]:
         """Stores an array.
 
         Args:
           x: float array of any shape; computed on in float32.
           bits: uint32 array of the same shape that decides the stochastic rounding,
-            see :func:`optax_flash.numerics.hashing.bits`; None rounds to nearest.
+            see :func:`optax_flash.numerics.hashing.bits`; None rounds to nearest, and
+            ``arithmetic.Nearest`` too, within limits.
 
         Returns:
           ``(codes, scales)``.
         """
         whole = groups.with_whole_groups(x, self.group)
         x32 = groups.split(whole.astype(jnp.float32), self.group)
-        if bits is not None:
-            bits = groups.split(bits, self.group)
+        bits = arithmetic.in_groups(bits, lambda y: groups.split(y, self.group))
         codes, planes = self.encode_groups(x32, bits)
         scales = jnp.stack(planes, axis=-1).reshape(self.scales_shape(x.shape))
         codes = groups.merge(self.pack(codes), self.codes_shape(x.shape))
@@ -99,13 +99,13 @@ class Codec(abc.ABC):
         return x if whole is codes else groups.sharded_like(x, codes)
 
     def encode_groups(
-        self, x: jax.Array, bits: jax.Array | None
+        self, x: jax.Array, bits: arithmetic.Bits
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Stores groups: what :meth:`encode` and every kernel do with a tile.
 
         Args:
           x: float32 of shape ``(..., group)``.
-          bits: uint32 of the same shape, or None.
+          bits: uint32 of the same shape, or a rule of rounding.
 
         Returns:
           Codes, uint8 of the shape of ``x`` and not packed, and ``scales_per_group``
@@ -133,7 +133,7 @@ class Codec(abc.ABC):
         x: jax.Array,
         scales: tuple[jax.Array, ...],
         maxima: tuple[jax.Array, ...],
-        bits: jax.Array | None,
+        bits: arithmetic.Bits,
     ) -> jax.Array:
         """The codes of groups whose scales and maxima are known."""
 

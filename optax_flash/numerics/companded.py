@@ -63,7 +63,7 @@ class Companded8(Codec):
         x: jax.Array,
         scales: tuple[jax.Array, ...],
         maxima: tuple[jax.Array, ...],
-        bits: jax.Array | None,
+        bits: arithmetic.Bits,
     ) -> jax.Array:
         del maxima
         share = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
@@ -163,15 +163,20 @@ class Companded4(Codec):
         x: jax.Array,
         scales: tuple[jax.Array, ...],
         maxima: tuple[jax.Array, ...],
-        bits: jax.Array | None,
+        bits: arithmetic.Bits,
     ) -> jax.Array:
         del maxima
         curve, first, top = self._curve
-        y = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
+        inverse = arithmetic.reciprocal(scales[0])[..., None]
+        y = jnp.abs(x) * inverse
         k = jnp.floor(curve.place(y, top))
         k = jnp.minimum(jnp.maximum(k, np.float32(first)), np.float32(top - 1))
         below, above = curve.value(k, top, 1.0), curve.value(k + 1.0, top, 1.0)
         upper = (1.0 - arithmetic.noise(bits)) * (above - below) < y - below
+        if isinstance(bits, arithmetic.Nearest):
+            upper &= np.float32(_NEAR) * above <= y
+            if bits.most is not None:
+                upper &= above <= bits.most * inverse
         k = jnp.where(upper, k + 1.0, k) - np.float32(first)
         if self.signed:
             k = jnp.where(x < 0, k + 8.0, k)
@@ -198,6 +203,13 @@ class Companded4(Codec):
             return CURVES[self.signed_curve], 0, 7
         return CURVES[self.unsigned_curve], 1, 16
 
+
+_NEAR = 0.8
+"""Rounded to nearest, a value below this share of the upper code takes the lower one.
+
+So no value grows by more than a quarter. Otherwise a momentum at the lowest code, where
+to nearest may double it, would keep its code, and grow, while its group's scale grows.
+"""
 
 _CURVES = {
     "signed_curve": tuple(CURVES),

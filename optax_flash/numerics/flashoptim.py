@@ -54,7 +54,7 @@ class FlashOptim8(Codec):
         x: jax.Array,
         scales: tuple[jax.Array, ...],
         maxima: tuple[jax.Array, ...],
-        bits: jax.Array | None,
+        bits: arithmetic.Bits,
     ) -> jax.Array:
         del scales, bits  # Divides before the scale is rounded; is deterministic.
         magnitude = jnp.abs(x) if self.signed else jnp.sqrt(x)

@@ -21,7 +21,7 @@ from optax_flash.fusion import program as programs
 from optax_flash.fusion import run
 from optax_flash.fusion.choose import SMALL
 from optax_flash.fusion.inline import inline
-from optax_flash.fusion.ops import Decode, Elementwise, Tile, op_p
+from optax_flash.fusion.ops import Decode, Elementwise, Tile, Within, op_p
 from optax_flash.fusion.slices import constant, jaxpr_of, slice_equations
 from optax_flash.transforms import _mirror
 
@@ -380,7 +380,10 @@ def _misfit(eqn: Any, layers: int) -> str | None:
         # Others draw random bits, by the place in the whole leaf.
         op = eqn.params["op"]
         fits = isinstance(op, Elementwise) or (
-            isinstance(op, Decode) and len(op.shape) > 1
+            isinstance(op, Decode)
+            and len(op.shape) > 1
+            or isinstance(op, Within)
+            and len(eqn.invars[0].aval.shape) > 1
         )
         return None if fits else "arrays of several shapes meet"
     reason = programs.misfit(eqn)

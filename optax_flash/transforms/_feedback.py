@@ -1,16 +1,26 @@
-"""What a momentum's rounding error will do to updates, and what makes up for it.
+r"""Error feedback: updates make up for what rounding does to a momentum.
 
-A momentum m that is stored with an error e changes the next update by du/dm e, the one
-after it by dm'/dm times as much, and so on: in all by
+A momentum :math:`m` that is stored with an error :math:`e` changes the next update by
+:math:`l' e`, with :math:`l' = \partial u_{t+1} / \partial m_t`, the one after it by
+about :math:`a r l' e`, and so on. Here :math:`a = \partial m_{t+1} / \partial m_t`, and
+:math:`r = l' / l` tells how the influence of a momentum on an update changes from one
+step to the next: bias corrections end, learning rates decay, and a second moment that
+this update knows exactly is rounded before the next. In all that is
 
-    du/dm e / (1 - dm'/dm)
+.. math:: \frac{r\, l}{1 - a r}\, e,\qquad 0 \le r \le 1.
 
-where m' is the new momentum. With that taken off the present update, updates sum up to
-what they would without the error. Derivatives are those of an element by itself.
+With this taken off the present update, updates sum up to what they would be without
+the error. For SGD :math:`r = 1` and the sum is exact. For Adam
+:math:`1 / l_t = (1 - b_1^t) \sqrt{\hat v_t} / b_1`, and with a constant :math:`v` the
+sum is :math:`b_1 / (1 - b_1) / \sqrt{\hat v_t}` from the first step on. An influence
+that grows, as in a warmup, counts as constant: updates pay no more than they can.
+
+Derivatives are those of an element by itself; where elements mix, in a norm or a
+matrix product, there are none.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +30,56 @@ from jax.extend import core
 from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
+from optax_flash.fusion.slices import jaxpr_of, slice_equations
 
 PyTree = Any
 ByParam = dict[int, jax.Array]
 
 
-def with_gains(
+class Gain(NamedTuple):
+    """What a momentum's rounding error is multiplied by and added to its update.
+
+    Attributes:
+      value: an array like the momentum, or a scalar.
+      uniform: whether all elements have the same one, as SGD's do. Others are estimates
+        of their own for each element.
+    """
+
+    value: jax.Array
+    uniform: bool
+
+
+class Feedback(NamedTuple):
+    """What an update's momenta owe to it.
+
+    Attributes:
+      fed: by field, the params whose momentum has a gain.
+      exact: by field, those whose gain is the same at all later steps.
+      uniform: by field and param, gains that are the same for all elements, as far as
+        they are known before the momenta are rounded: they get no larger.
+      gains: a function of the new state as it is stored, decoded; gives all gains.
+    """
+
+    fed: dict[int, frozenset[int]]
+    exact: dict[int, frozenset[int]]
+    uniform: dict[int, ByParam]
+    gains: Callable[[PyTree], dict[int, dict[int, Gain]]]
+
+    def looks_ahead(self, param: int) -> bool:
+        """Whether a param's gains depend on how its state is stored."""
+        return any(param in self.fed[f] - self.exact[f] for f in self.fed)
+
+
+NONE = Feedback({}, {}, {}, lambda stored: {})
+"""Of an update that makes up for nothing."""
+
+
+def with_feedback(
     update: Callable[[PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
     momenta: dict[int, ByParam],
-) -> tuple[PyTree, PyTree, dict[int, ByParam]]:
-    """An update, and how much of each rounding error is to be added to it.
+) -> tuple[PyTree, PyTree, Feedback]:
+    """An update, and how its momenta's rounding errors are made up for.
 
     Args:
       update: from a state to updates and the new state.
@@ -38,12 +87,11 @@ def with_gains(
       momenta: leaves of it: of each field, by the index of the updates' leaf.
 
     Returns:
-      Updates; the new state; and, in the place of momenta, what the rounding error of
-      the new one is to be multiplied by. Where an update does not depend on a momentum
-      element by element there is nothing in its place.
+      Updates; the new state; and the feedback, in which a momentum is missing where
+      the update, or the new momentum, does not depend on it element by element.
     """
     if not momenta:
-        return *update(state), {}
+        return *update(state), NONE
     leaves, treedef = jax.tree.flatten(state)
     place = {id(x): i for i, x in enumerate(leaves)}
     structure = []
@@ -56,29 +104,149 @@ def with_gains(
     closed = jax.make_jaxpr(flat)(*leaves)
     updates, new_state = structure
     if closed.effects or new_state != treedef:
-        return *update(state), {}
+        return *update(state), NONE
     jaxpr = inline(closed.jaxpr)
     count = updates.num_leaves
-    results: list[Any] = []
-    gains: dict[int, ByParam] = {}
+    responses = {}
     for field, by_param in momenta.items():
         at = {i: place[id(x)] for i, x in by_param.items()}
-        moved = [jaxpr.invars[k] for k in at.values()]
-        separate, moving = _without_mixing(jaxpr, moved)
-        at = {i: k for i, k in at.items() if jaxpr.outvars[i] in moving}
-        gains[field] = {}
-        if not at:
-            continue
-        outs, tangents = _derivative(
-            core.ClosedJaxpr(separate, closed.consts), leaves, list(at.values())
-        )
+        response = _Response.of(jaxpr, closed.consts, count, at)
+        if response.at:
+            responses[field] = response
+    results: list[Any] = []
+    found = {}
+    for field, response in responses.items():
+        outs, found[field] = response.first(leaves)
         results = results or outs
-        gains[field] = {
-            i: _gain(tangents[i], tangents[count + k]) for i, k in at.items()
-        }
     results = results or core.jaxpr_as_fun(closed)(*leaves)
+
+    def gains(stored: PyTree) -> dict[int, dict[int, Gain]]:
+        new_leaves = treedef.flatten_up_to(stored)
+        return {
+            field: response.gains(found[field], new_leaves)
+            for field, response in responses.items()
+        }
+
+    fed = {field: frozenset(response.at) for field, response in responses.items()}
+    exact = {field: response.exact for field, response in responses.items()}
+    uniform = {
+        field: response.gains_of(response.uniform, found[field])
+        for field, response in responses.items()
+    }
     new = new_state.unflatten(results[count:])
-    return updates.unflatten(results[:count]), new, gains
+    feedback = Feedback(fed, exact, uniform, gains)
+    return updates.unflatten(results[:count]), new, feedback
+
+
+class _Influence(NamedTuple):
+    """How momenta act, by param.
+
+    Attributes:
+      on_update: the change of the update with that of the momentum.
+      on_momentum: the change of the new momentum.
+      held: values of :attr:`_Response.held`.
+    """
+
+    on_update: ByParam
+    on_momentum: ByParam
+    held: list[Any]
+
+
+class _Response(NamedTuple):
+    """How updates and new momenta change with the momenta of one field.
+
+    Attributes:
+      at: for each param, the index of its momentum among the state's leaves.
+      exact: those whose influence is the same at all steps.
+      uniform: those whose influence is the same for all elements.
+      jaxpr: the update, cut where elements meet others.
+      consts: its constants.
+      count: how many of its results are updates.
+      again: the part of it that changes with the state, from ``held`` and the state's
+        leaves to updates and new momenta of the params in ``at``.
+      held: variables of what does not change, or is taken not to: gradients, norms.
+    """
+
+    at: dict[int, int]
+    exact: frozenset[int]
+    uniform: frozenset[int]
+    jaxpr: core.Jaxpr
+    consts: list[Any]
+    count: int
+    again: core.Jaxpr
+    held: list[Any]
+
+    @classmethod
+    def of(
+        cls, jaxpr: core.Jaxpr, consts: list[Any], count: int, at: dict[int, int]
+    ) -> "_Response":
+        separate, moving = _without_mixing(
+            jaxpr, [jaxpr.invars[k] for k in at.values()]
+        )
+        at = {
+            i: k
+            for i, k in at.items()
+            if separate.outvars[i] in moving and separate.outvars[count + k] in moving
+        }
+        wanted = [separate.outvars[i] for i in at]
+        wanted += [separate.outvars[count + k] for k in at.values()]
+        linear, changing = _linear(separate, [jaxpr.invars[k] for k in at.values()])
+        uniform = [
+            i
+            for i, k in at.items()
+            if {separate.outvars[i], separate.outvars[count + k]} <= linear
+        ]
+        exact = [
+            i
+            for i in uniform
+            if not {separate.outvars[i], separate.outvars[count + at[i]]} & changing
+        ]
+        again, held = _again(separate, wanted)
+        return cls(
+            at,
+            frozenset(exact),
+            frozenset(uniform),
+            separate,
+            consts,
+            count,
+            again,
+            held,
+        )
+
+    def first(self, leaves: list[Any]) -> tuple[list[Any], _Influence]:
+        """All results of the update, and the influence of the present momenta."""
+        jaxpr = self.jaxpr.replace(outvars=[*self.jaxpr.outvars, *self.held])
+        outs, tangents = _derivative(
+            core.ClosedJaxpr(jaxpr, self.consts), leaves, list(self.at.values())
+        )
+        n = len(self.jaxpr.outvars)
+        influence = _Influence(
+            {i: tangents[i] for i in self.at},
+            {i: tangents[self.count + k] for i, k in self.at.items()},
+            outs[n:],
+        )
+        return outs[:n], influence
+
+    def gains_of(self, params: frozenset[int], now: _Influence) -> ByParam:
+        """The gains of some params, if momenta keep the influence that they have."""
+        return {i: _gain(now.on_update[i], now.on_momentum[i]) for i in sorted(params)}
+
+    def gains(self, now: _Influence, leaves: list[Any]) -> dict[int, Gain]:
+        """All gains, from a new state's leaves as they are stored."""
+        values = self.gains_of(self.exact, now)
+        if len(values) < len(self.at):
+            first = len(now.held)
+            _, tangents = _derivative(
+                core.ClosedJaxpr(self.again, ()),
+                [*now.held, *leaves],
+                [first + k for k in self.at.values()],
+            )
+            for i, later in zip(self.at, tangents, strict=False):
+                if i not in values:
+                    ratio = _ratio(now.on_update[i], later)
+                    on_momentum = now.on_momentum[i] * ratio
+                    values[i] = _gain(now.on_update[i] * ratio, on_momentum)
+        return {i: Gain(x, i in self.uniform) for i, x in values.items()}
 
 
 def _derivative(
@@ -96,12 +264,21 @@ def _derivative(
     return jax.jvp(function, primals, [jnp.ones_like(x) for x in primals])
 
 
-def _gain(of_update: jax.Array, of_momentum: jax.Array) -> jax.Array:
-    """Zero for a momentum that does not fade, whose errors have no sum."""
-    fades = of_momentum < 1.0
+def _ratio(now: jax.Array, later: jax.Array) -> jax.Array:
+    """An influence on the next update by that on this one, between 0 and 1."""
+    ratio = later / jnp.where(now == 0.0, 1.0, now)
+    return jnp.minimum(jnp.maximum(ratio, 0.0), 1.0)
+
+
+def _gain(on_update: jax.Array, on_momentum: jax.Array) -> jax.Array:
+    """Minus the sum of a momentum's influence on all later updates.
+
+    Zero for a momentum that does not fade, whose errors have no sum.
+    """
+    fades = on_momentum < 1.0
     # Compilers differ in how they divide by what is the same for a whole leaf.
-    steps = 1.0 / jnp.where(fades, 1.0 - of_momentum, 1.0)
-    return jnp.where(fades, -of_update * steps, 0.0)
+    steps = 1.0 / jnp.where(fades, 1.0 - on_momentum, 1.0)
+    return jnp.where(fades, -on_update * steps, 0.0)
 
 
 FLAT = frozenset(
@@ -124,7 +301,7 @@ def _without_mixing(
     eqns: list[Any] = []
     for eqn in jaxpr.eqns:
         touched = [x for x in eqn.invars if _is_variable(x) and x in moving]
-        if touched and not _is_elementwise(eqn):
+        if touched and not _is_smooth(eqn):
             still = {x: core.Var(x.aval) for x in touched}
             eqns += [stop.replace(invars=[x], outvars=[y]) for x, y in still.items()]
             invars = [still.get(x, x) if _is_variable(x) else x for x in eqn.invars]
@@ -135,11 +312,77 @@ def _without_mixing(
     return jaxpr.replace(eqns=eqns), moving
 
 
+def _linear(jaxpr: core.Jaxpr, inputs: list[Any]) -> tuple[set[Any], set[Any]]:
+    """Variables that are an input by a scalar, plus what does not depend on inputs.
+
+    Returns:
+      These variables; and those of them whose scalar depends on the state, and so may
+      be another one at the next step.
+    """
+    linear, changing = set(inputs), set()
+    timed = {x for x in jaxpr.invars if not x.aval.shape}
+    # Arrays that hold one scalar everywhere.
+    alike: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        name, variables = eqn.primitive.name, list(filter(_is_variable, eqn.invars))
+        touched = [x for x in variables if x in linear]
+        others = [x for x in variables if x not in linear]
+        from_scalars = all(not x.aval.shape or x in alike for x in variables)
+        if any(x in timed for x in others):
+            timed.update(eqn.outvars)
+        if from_scalars and not touched:
+            alike.update(eqn.outvars)
+        product = name in ("mul", "div") and len(touched) == 1
+        if product:
+            scaled = all(not x.aval.shape or x in alike for x in others)
+            product = scaled and (name == "mul" or eqn.invars[0] in touched)
+        if touched and (product or name in SUMS):
+            linear.update(eqn.outvars)
+            if any(x in changing for x in touched) or (
+                product and any(x in timed for x in others)
+            ):
+                changing.update(eqn.outvars)
+    return linear, changing
+
+
+SUMS = frozenset("add sub add_any neg copy copy_p convert_element_type".split())
+
+
+def _again(jaxpr: core.Jaxpr, wanted: list[Any]) -> tuple[core.Jaxpr, list[Any]]:
+    """What of an update there is to compute again where only the state is another.
+
+    Where elements meet others, in norms, values stay as they were.
+
+    Returns:
+      A jaxpr of held variables and the state to the wanted variables; and the held
+      ones, which do not change.
+    """
+    changed = set(jaxpr.invars)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        moved = any(_is_variable(x) and x in changed for x in eqn.invars)
+        if moved and (_is_scalar(eqn) or _is_elementwise(eqn)):
+            changed.update(eqn.outvars)
+            eqns.append(eqn)
+    eqns = slice_equations(eqns, wanted, set(jaxpr.invars))
+    known = {x for eqn in eqns for x in eqn.outvars} | set(jaxpr.invars)
+    used = [*(x for eqn in eqns for x in eqn.invars if _is_variable(x)), *wanted]
+    held = list(dict.fromkeys(x for x in used if x not in known))
+    return jaxpr_of([*held, *jaxpr.invars], wanted, eqns), held
+
+
+def _is_scalar(eqn: Any) -> bool:
+    return not any(x.aval.shape for x in (*eqn.invars, *eqn.outvars))
+
+
 def _is_elementwise(eqn: Any) -> bool:
-    if eqn.primitive is op_p or eqn.primitive.name in FLAT:
+    if eqn.primitive is op_p:
         return False
-    makes_arrays = all(x.aval.shape for x in eqn.outvars)
-    return makes_arrays and programs.misfit(eqn) is None
+    return all(x.aval.shape for x in eqn.outvars) and programs.misfit(eqn) is None
+
+
+def _is_smooth(eqn: Any) -> bool:
+    return eqn.primitive.name not in FLAT and _is_elementwise(eqn)
 
 
 def _is_variable(x: Any) -> bool:

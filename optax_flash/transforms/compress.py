@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_flash.fusion import ops, run
@@ -163,13 +164,13 @@ def compress(
                 )
 
             momenta = _momenta(bundles, error_feedback)
-            new_updates, inner_state, gains = _feedback.with_gains(
+            new_updates, inner_state, feedback = _feedback.with_feedback(
                 inner_update, inner_state, momenta
             )
-            new_state, corrections = _encode(
-                rules, bundles, gains, inner_state, updates, start, state
+            new_state, stored, errors = _encode(
+                rules, bundles, feedback, inner_state, new_updates, start, state
             )
-            new_updates = _corrected(new_updates, corrections)
+            new_updates = _corrected(new_updates, feedback.gains(stored), errors)
             return jax.tree.map(_like, new_updates, updates), new_state
 
         return run.run(
@@ -325,54 +326,106 @@ def _momenta(
     return momenta
 
 
-def _corrected(updates: PyTree, corrections: dict[int, jax.Array]) -> PyTree:
-    """Updates, by param, with corrections added."""
-    if not corrections:
-        return updates
+AT_MOST = 2.0
+"""An estimated correction, in largest updates of its group."""
+
+
+def _corrected(
+    updates: PyTree,
+    gains: dict[int, dict[int, _feedback.Gain]],
+    errors: dict[int, dict[int, tuple[Codec, jax.Array]]],
+) -> PyTree:
+    """Updates that make up for rounding errors, by field and param."""
     leaves, treedef = jax.tree.flatten(updates)
-    for i, x in corrections.items():
-        leaves[i] = leaves[i] + x
+    estimated: dict[int, tuple[Codec, jax.Array]] = {}
+    exact: dict[int, jax.Array] = {}
+    for field, of_field in gains.items():
+        for i, gain in of_field.items():
+            codec, error = errors[field][i]
+            correction = gain.value * error
+            if gain.uniform:
+                exact[i] = exact[i] + correction if i in exact else correction
+            else:
+                others = estimated.get(i)
+                total = correction if others is None else others[1] + correction
+                estimated[i] = codec, total
+    for i, (codec, correction) in estimated.items():
+        (correction,) = ops.Within(AT_MOST, codec.group)(correction, leaves[i])
+        leaves[i] = leaves[i] + correction
+    for i, correction in exact.items():
+        leaves[i] = leaves[i] + correction
     return treedef.unflatten(leaves)
 
 
 def _encode(
     rules: Rules,
     bundles: list[_Bundle],
-    gains: dict[int, dict[int, jax.Array]],
+    feedback: _feedback.Feedback,
     inner_state: PyTree,
-    params: PyTree,
+    updates: PyTree,
     start: jax.Array,
     old: CompressState,
-) -> tuple[CompressState, dict[int, jax.Array]]:
-    """The state after a step, its arrays in codes again; and, by param, what makes up
-    for that in the update."""
-    parts, join = _mirror.split_state(inner_state, params)
+) -> tuple[CompressState, PyTree, dict[int, dict[int, tuple[Codec, jax.Array]]]]:
+    """The state after a step, its arrays in codes again.
+
+    Returns:
+      The state; the inner state that it stands for, as far as feedback asks; and the
+      rounding errors of momenta with feedback, by field and param.
+    """
+    parts, join = _mirror.split_state(inner_state, updates)
     fields = rules.fields(parts)
-    structure = jax.tree.structure(params)
+    leaves, structure = jax.tree.flatten(updates)
     values = [list(parts[field.part].entries) for field in fields]
+    decoded = [list(column) for column in values]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
-    corrections: dict[int, jax.Array] = {}
+    errors: dict[int, dict[int, tuple[Codec, jax.Array]]] = {}
     for name, i, of_param, codecs, shape, _ in bundles:
         arrays = [values[j][i] for j in of_param]
-        fed = tuple(n for n, j in enumerate(of_param) if i in gains.get(j, ()))
-        encoded = ops.Encode(codecs, shape, fed)(start, hashing.salt(name), *arrays)
+        fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
+        told = range(len(of_param)) if feedback.looks_ahead(i) else fed
+        uniform = {n: feedback.uniform[of_param[n]].get(i) for n in fed}
+        uniform = {n: gain for n, gain in uniform.items() if gain is not None}
+        most = [_most(arrays[n], leaves[i], gain) for n, gain in uniform.items()]
+        op = ops.Encode(codecs, shape, tuple(told), tuple(fed), tuple(uniform))
+        encoded = op(start, hashing.salt(name), *arrays, *most)
         for n, j in enumerate(of_param):
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
-        for n, error in zip(fed, encoded[2 * len(of_param) :], strict=True):
-            correction = gains[of_param[n]][i] * error
-            known = corrections.get(i)
-            corrections[i] = correction if known is None else known + correction
-    for field, entries in zip(fields, values, strict=True):
-        parts[field.part] = parts[field.part].rebuild(entries)
+        for n, error in zip(told, encoded[2 * len(of_param) :], strict=True):
+            j = of_param[n]
+            decoded[j][i] = arrays[n] + error
+            if n in fed:
+                errors.setdefault(j, {})[i] = codecs[n], error
     state = CompressState(
         step=optax.safe_increment(old.step),
-        inner_state=join(_trees(parts)),
+        inner_state=_rejoined(parts, fields, values, join),
         scales={
             field.key: structure.unflatten(entries)
             for field, entries in zip(fields, scales, strict=True)
         },
     )
-    return state, corrections
+    return state, _rejoined(parts, fields, decoded, join), errors
+
+
+def _most(momentum: jax.Array, update: jax.Array, gain: jax.Array) -> jax.Array:
+    """The largest magnitude of a momentum whose correction keeps the update's sign.
+
+    At least what the rounding of its scale may add to the largest of a group.
+    """
+    more = -update * jnp.sign(momentum) / jnp.where(gain == 0.0, 1.0, gain)
+    size = jnp.abs(momentum)
+    limit = jnp.maximum(size + more, size * np.float32(1 + 2**-7))
+    # Otherwise a correction has the update's sign.
+    return jnp.where(more > 0.0, limit, jnp.inf)
+
+
+def _rejoined(
+    parts: list[Any], fields: list[Field], entries: list[list[Any]], join: Any
+) -> PyTree:
+    """A state of parts, with other entries in its fields."""
+    parts = list(parts)
+    for field, column in zip(fields, entries, strict=True):
+        parts[field.part] = parts[field.part].rebuild(column)
+    return join(_trees(parts))
 
 
 def _decode(
