@@ -1,5 +1,6 @@
 """Finding, inside any optimizer state, the trees that mirror the params."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,10 @@ from optax import MaskedNode
 
 PyTree = Any
 Key = Any
+
+BOXES = frozenset({"flax.Variable", "flax.AxisMetadata"})
+"""Classes, by :func:`class_name`, whose instances only hold an array and notes on it:
+variables of nnx, and the boxes of linen's partitioning. Flax may not be installed."""
 
 
 class Mirror(NamedTuple):
@@ -69,16 +74,26 @@ def entries(tree: PyTree, params: PyTree) -> list[Any]:
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
-    """The path of every leaf, such as ``"decoder/layer_0/kernel"``."""
-    return [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    """The path of every leaf, such as ``"decoder/layer_0/kernel"``.
+
+    An array that is a tree by itself is ``"params"``; the array in one of Flax's boxes
+    goes by the name of the box.
+    """
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        for path in _leaf_keys(tree)
+    ]
 
 
-def path_str(path: tuple[Key, ...]) -> str:
-    """A pytree path with slashes; an array that is a tree by itself is ``"params"``."""
-    # The array inside an nnx.Variable goes by the Variable's name.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """``jax.tree.map`` of a function of each leaf's path, as above, and the leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(map(function, leaf_paths(tree), leaves))
+
+
+def class_name(cls: type) -> str:
+    """A class by its package and name, such as ``"optax.ScaleByAdamState"``."""
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
@@ -111,11 +126,11 @@ def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
 
 def check_floating(params: PyTree, what: str) -> None:
     """Raises a ValueError that names the first leaf which is not real floating."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{what}: param {path_str(path)!r} has dtype {dtype}; only real "
+                f"{what}: param {path!r} has dtype {dtype}; only real "
                 "floating params can be stored in codes. Keep it out with "
                 "optax.masked or optax.partition"
                 + (
@@ -168,6 +183,27 @@ def _entries_of_prefix(
         return prefix.unflatten(rebuilt)
 
     return entries, rebuild
+
+
+def _leaf_keys(tree: PyTree) -> list[tuple[Key, ...]]:
+    """The keys that lead to each leaf, without those by which boxes hold an array."""
+
+    def is_box_below(node: Any) -> bool:
+        return node is not tree and _is_box(type(node))
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box_below)
+    keys = [
+        path + below
+        for path, node in nodes
+        for below in (_leaf_keys(node) if is_box_below(node) else [()])
+    ]
+    holds_an_array = len(keys) == 1 and len(keys[0]) == 1
+    return [()] if holds_an_array and _is_box(type(tree)) else keys
+
+
+@functools.cache
+def _is_box(cls: type) -> bool:
+    return not BOXES.isdisjoint(map(class_name, cls.__mro__))
 
 
 def _is_array(x: Any) -> bool:

@@ -215,13 +215,13 @@ def cast_params(
     """
     dtype = np.dtype(dtype)
 
-    def cast(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+    def cast(path: str, p: jax.Array) -> jax.Array:
         stays = dtype not in weights.SPLIT_DTYPES or p.dtype != jnp.float32
-        if stays or (keep_float32 and keep_float32(_mirror.path_str(path), p)):
+        if stays or (keep_float32 and keep_float32(path, p)):
             return p
         return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return _mirror.map_with_path(cast, params)
 
 
 def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
