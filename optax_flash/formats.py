@@ -97,8 +97,7 @@ def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, such as ``"opt_state/0/mu/kernel"``, in order."""
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = _mirror.path_str(path)
+    for name, leaf in zip(_mirror.leaf_paths(tree), jax.tree.leaves(tree), strict=True):
         if name in leaves:
             raise ValueError(
                 f"Two leaves have the path {name!r}. Rename one; a '/' inside of a key "

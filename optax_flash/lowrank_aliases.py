@@ -175,8 +175,8 @@ def lora_pre_muon(
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
-    def label(path: tuple[Any, ...], x: jax.Array) -> str:
-        chosen = x.ndim >= 2 and (where is None or where(_mirror.path_str(path)))
+    def label(path: str, x: jax.Array) -> str:
+        chosen = x.ndim >= 2 and (where is None or where(path))
         return "muon" if chosen else "adam"
 
     muon = with_decay(
@@ -205,7 +205,7 @@ def lora_pre_muon(
     return compress(
         optax.partition(
             {"muon": muon, "adam": adam},
-            lambda params: jax.tree_util.tree_map_with_path(label, params),
+            lambda params: _mirror.map_with_path(label, params),
         ),
         codecs,
         implementation=implementation,

@@ -410,13 +410,13 @@ def _check_kept(old: PyTree, new: PyTree) -> None:
             "release: the update returns a state of another structure than it takes, "
             f"{jax.tree.structure(new)} for {jax.tree.structure(old)}. Call init again."
         )
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+    for path, a, b in zip(
+        _mirror.leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True
     ):
         before, after = jax.typeof(a), jax.typeof(b)
         if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
-                f"release: the update makes {_mirror.path_str(path)!r} "
+                f"release: the update makes {path!r} "
                 f"{after.dtype}{list(after.shape)} of {before.dtype}"
                 f"{list(before.shape)}. It has to keep shapes and dtypes."
             )

@@ -1,5 +1,6 @@
 """Finding, inside any optimizer state, the trees that mirror the params."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from optax import MaskedNode
 PyTree = Any
 Key = Any
 
+BOXES = frozenset({"flax.Variable", "flax.AxisMetadata"})
+"""Classes, by :func:`class_name`, whose instances only hold an array and notes on it:
+variables of nnx, and the boxes of linen's partitioning. Flax may not be installed."""
+
 
 class Mirror(NamedTuple):
     """A subtree of an optimizer state with one entry for each param.
@@ -17,14 +22,14 @@ class Mirror(NamedTuple):
     Attributes:
       name: the field that holds it, such as ``"mu"``; a dict key or an index where
         the state is no NamedTuple.
-      owner: the class name of the node that holds the field.
+      owner: the class of the node that holds the field.
       tree: the subtree.
       entries: what it has in the place of each param: an array, or MaskedNode or None.
       rebuild: makes a tree like it of other entries.
     """
 
     name: str
-    owner: str
+    owner: type
     tree: PyTree
     entries: list[Any]
     rebuild: Callable[[list[Any]], PyTree]
@@ -68,17 +73,36 @@ def entries(tree: PyTree, params: PyTree) -> list[Any]:
     return found[0]
 
 
-def leaf_paths(tree: PyTree) -> list[str]:
-    """The path of every leaf, such as ``"decoder/layer_0/kernel"``."""
-    return [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+def leaf_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """The path of every leaf, such as ``"decoder/layer_0/kernel"``.
+
+    An array that is a tree by itself is ``"params"``; the array in one of Flax's boxes
+    goes by the name of the box.
+    """
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        for path in _leaf_keys(tree, is_leaf or (lambda _: False))
+    ]
 
 
-def path_str(path: tuple[Key, ...]) -> str:
-    """A pytree path with slashes; an array that is a tree by itself is ``"params"``."""
-    # The array inside an nnx.Variable goes by the Variable's name.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+def absent_paths(params: PyTree) -> tuple[list[str], list[str]]:
+    """The paths of MaskedNodes, each of which may stand for a subtree, and of Nones."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_absent)
+    paths = zip(leaf_paths(params, is_leaf=_is_absent), leaves, strict=True)
+    absent = [(path, x) for path, x in paths if _is_absent(x)]
+    masked = [path for path, x in absent if x is not None]
+    return masked, [path for path, x in absent if x is None]
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """``jax.tree.map`` of a function of each leaf's path, as above, and the leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(map(function, leaf_paths(tree), leaves))
+
+
+def class_name(cls: type) -> str:
+    """A class by its package and name, such as ``"optax.ScaleByAdamState"``."""
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
@@ -109,13 +133,57 @@ def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
     )
 
 
+def check_shapes(updates: PyTree, params: PyTree, what: str) -> None:
+    """Raises a ValueError that names the first update not shaped like its param.
+
+    Trees of different structures pass; see :func:`check_mirrors`.
+
+    Args:
+      updates: gradients or updates.
+      params: arrays or their shapes.
+      what: begins the message, as in ``"compress: the gradient"``.
+    """
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        return
+    rows = zip(
+        leaf_paths(params),
+        jax.tree.leaves(updates),
+        jax.tree.leaves(params),
+        strict=True,
+    )
+    for path, u, p in rows:
+        if jnp.shape(u) != jnp.shape(p):
+            raise ValueError(
+                f"{what} of {path!r} has shape {list(jnp.shape(u))}, but the param has "
+                f"{list(jnp.shape(p))}. Pass gradients of the very params that update "
+                "gets; after changing the model call init again."
+            )
+
+
+def without_examples(grads: PyTree, params: PyTree) -> PyTree:
+    """Gradients' shapes, without an axis in front that their params do not have.
+
+    Transformations such as ``optax.contrib.differentially_private_aggregate`` take a
+    gradient for each example.
+    """
+    if jax.tree.structure(grads) != jax.tree.structure(params):
+        return grads
+
+    def shape(g: Any, p: Any) -> jax.ShapeDtypeStruct:
+        found, expected = jnp.shape(g), jnp.shape(p)
+        found = expected if found[1:] == expected else found
+        return jax.ShapeDtypeStruct(found, jnp.result_type(g))
+
+    return jax.tree.map(shape, grads, params)
+
+
 def check_floating(params: PyTree, what: str) -> None:
     """Raises a ValueError that names the first leaf which is not real floating."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{what}: param {path_str(path)!r} has dtype {dtype}; only real "
+                f"{what}: param {path!r} has dtype {dtype}; only real "
                 "floating params can be stored in codes. Keep it out with "
                 "optax.masked or optax.partition"
                 + (
@@ -170,6 +238,30 @@ def _entries_of_prefix(
     return entries, rebuild
 
 
+def _leaf_keys(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[tuple[Key, ...]]:
+    """The keys that lead to each leaf, without those by which boxes hold an array."""
+
+    def is_box_below(node: Any) -> bool:
+        return node is not tree and _is_box(type(node))
+
+    def stop(node: Any) -> bool:
+        return is_box_below(node) or is_leaf(node)
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    keys = [
+        path + below
+        for path, node in nodes
+        for below in (_leaf_keys(node, is_leaf) if is_box_below(node) else [()])
+    ]
+    holds_an_array = len(keys) == 1 and len(keys[0]) == 1
+    return [()] if holds_an_array and _is_box(type(tree)) else keys
+
+
+@functools.cache
+def _is_box(cls: type) -> bool:
+    return not BOXES.isdisjoint(map(class_name, cls.__mro__))
+
+
 def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
@@ -182,7 +274,7 @@ def _name(path: tuple[Key, ...]) -> str:
     return jax.tree_util.keystr(path[-1:], simple=True) if path else "state"
 
 
-def _owner(state: PyTree, path: tuple[Key, ...]) -> str:
+def _owner(state: PyTree, path: tuple[Key, ...]) -> type:
     node = state
     for key in path[:-1]:
         if isinstance(key, jax.tree_util.GetAttrKey):
@@ -192,5 +284,5 @@ def _owner(state: PyTree, path: tuple[Key, ...]) -> str:
         elif isinstance(key, jax.tree_util.SequenceKey):
             node = node[key.idx]
         else:
-            return ""
-    return type(node).__name__
+            return object
+    return type(node)

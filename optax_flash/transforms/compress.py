@@ -14,7 +14,13 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import _feedback, _init, _mirror, _records
-from optax_flash.transforms._rules import Codecs, Field, Rules, coded_shape
+from optax_flash.transforms._rules import (
+    FACTOR_FIELDS,
+    Codecs,
+    Field,
+    Rules,
+    coded_shape,
+)
 
 PyTree = Any
 
@@ -55,10 +61,11 @@ def compress(
 
     Found are the parts of the state that mirror the params. Field names choose the
     codec: ``mu``, ``trace``, ``m`` and other momenta are signed; ``nu``, ``v``,
-    ``sum_of_squares`` and other second moments are not. Fields that nobody knows and
-    arrays under ``min_size`` elements stay as they are. So do arrays that are not
-    shaped like their param, such as low-rank factors, unless ``codecs`` names their
-    field. Global shapes decide, so sharding does not change the numbers.
+    ``sum_of_squares`` and other second moments of optax's state classes are not. In
+    other classes such a name may be a velocity's, and ``codecs`` has to name the field.
+    Unknown fields and arrays under ``min_size`` elements stay as they are. So do arrays
+    that are not shaped like their param, such as low-rank factors, unless ``codecs``
+    names their field. Global shapes decide, so sharding does not change the numbers.
 
     With error feedback, what rounding adds to a momentum :math:`m` is taken off the
     update at once, with all that it will do to later ones:
@@ -80,7 +87,9 @@ def compress(
         bits) for all fields; or a mapping. Its keys are field names (``"nu"``, also of
         fields that are not known) or patterns of ``"param/path/field"`` with wildcards
         (``"*embed*"``, ``"layers/0/*/mu"``); its values are codecs, names, or None for
-        "leave it". The first key that fits decides.
+        "leave it". The first key that fits decides. A field of a class that is not
+        optax's has the sign of the codec under its own name: a codec's name means
+        signed, ``Companded8(signed=False)`` unsigned. Patterns never choose a sign.
       min_size: arrays with fewer elements are not compressed. (Nor are, in 4 bits,
         factors with rows of odd length: their codes would not tell their shape.)
       error_feedback: whether updates make up for the rounding of momenta; None for
@@ -93,9 +102,10 @@ def compress(
       gradients.
 
     Raises:
-      ValueError: an unknown codec name or a field that the state does not have; a
-        param that is not floating; gradients or a state of another structure or
-        format than init made; a named implementation that does not fit. The message
+      ValueError: an unknown codec name; a key of ``codecs`` that fits no field or
+        path; a field whose sign is not known; an ``inner`` that is compressed already;
+        a param that is not floating; gradients or a state of another structure, shape
+        or format than init made; a named implementation that does not fit. The message
         names the leaf.
 
     Example:
@@ -121,7 +131,6 @@ def compress(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_floating(params, "compress")
-        rules.check_fields(inner, params)
         if _records.is_uncompressed():
             return inner.init(jax.tree.map(_init.like_float32, params))
         if _records.active():
@@ -131,6 +140,8 @@ def compress(
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
+        _check_compressed_once(inner_state)
+        rules.check(inner_state, params)
         inner_state = _init.not_constant(inner_state)
         return encode_state(rules, inner_state, params)
 
@@ -145,6 +156,9 @@ def compress(
                 f"compress: the state is a {type(state).__name__}, not a "
                 "CompressState. Pass what this transformation's init returned."
             )
+        if params is not None:
+            shapes = _mirror.without_examples(updates, params)
+            _mirror.check_shapes(shapes, params, "compress: the gradient")
         paths = _mirror.leaf_paths(updates)
 
         def step(
@@ -156,12 +170,16 @@ def compress(
             inner_state, bundles = _decode(rules, state, updates, paths)
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
-                return inner.update(
-                    jax.tree.map(_init.like_float32, updates),
-                    inner_state,
-                    jax.tree.map(_init.like_float32, params),
-                    **extra_args,
-                )
+                try:
+                    return inner.update(
+                        jax.tree.map(_init.like_float32, updates),
+                        inner_state,
+                        jax.tree.map(_init.like_float32, params),
+                        **extra_args,
+                    )
+                except (TypeError, ValueError) as error:
+                    _explain(error, rules, inner_state, updates)
+                    raise
 
             momenta = _momenta(bundles, error_feedback)
             new_updates, inner_state, feedback = _feedback.with_feedback(
@@ -170,6 +188,8 @@ def compress(
             new_state, stored, errors = _encode(
                 rules, bundles, feedback, inner_state, new_updates, start, state
             )
+            if params is not None:
+                _mirror.check_shapes(new_updates, params, "compress: the update")
             new_updates = _corrected(new_updates, feedback.gains(stored), errors)
             return jax.tree.map(_like, new_updates, updates), new_state
 
@@ -178,6 +198,19 @@ def compress(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_compressed_once(inner_state: PyTree) -> None:
+    def is_compressed(node: Any) -> bool:
+        return isinstance(node, CompressState | _records.Configured)
+
+    if any(map(is_compressed, jax.tree.leaves(inner_state, is_leaf=is_compressed))):
+        raise ValueError(
+            "compress: the state would be compressed twice. A transformation inside "
+            "is compressed already, as adamw8 and the other aliases are. Remove the "
+            "outer compress and give its arguments to the inner one, or wrap stock "
+            "optax alone, as in compress(optax.adamw(1e-3), codecs=...)."
+        )
 
 
 def encode_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
@@ -502,12 +535,48 @@ def _stored(
             and scale.dtype == codec.scale_dtype
         ):
             return _Stored(codec, found)
+        whole = (
+            found != shape
+            and scale.shape == codec.scales_shape(found)
+            and scale.dtype == codec.scale_dtype
+        )
+        if whole:
+            raise _other_shape(path, shape, field, found)
     raise ValueError(
         f"compress: '{path}/{field.name}' is stored as {x.dtype}{list(x.shape)} with "
         f"scales {scale.dtype}{list(scale.shape)}, but a param of shape {list(shape)} "
         f"under {codec!r} is not. The state was made with other codecs, another "
         "min_size or other shapes: pass those to compress, or call init again."
     )
+
+
+def _other_shape(
+    path: str, shape: tuple[int, ...], field: Field, of_init: tuple[int, ...]
+) -> ValueError:
+    return ValueError(
+        f"compress: {path!r} has shape {list(shape)}, but {field.name!r} of the state "
+        f"{list(of_init)}. Pass gradients of the shapes of the params that init saw; "
+        "after changing the model call init again."
+    )
+
+
+def _explain(
+    error: Exception, rules: Rules, inner_state: PyTree, updates: optax.Updates
+) -> None:
+    """Raises where gradients and a decoded state cannot be combined by element."""
+    if "shape" not in str(error):
+        return
+    parts, _ = _mirror.split_state(inner_state, updates)
+    paths, leaves = _mirror.leaf_paths(updates), jax.tree.leaves(updates)
+    for field in rules.fields(parts):
+        if field.kind in FACTOR_FIELDS:
+            continue
+        rows = zip(paths, leaves, parts[field.part].entries, strict=True)
+        for path, u, x in rows:
+            try:
+                jnp.broadcast_shapes(jnp.shape(u), getattr(x, "shape", ()))
+            except ValueError:
+                raise _other_shape(path, u.shape, field, x.shape) from error
 
 
 def _bundles(

@@ -138,6 +138,11 @@ def master_weights(
                 "them. Call update(grads, state, params)."
             )
         _mirror.check_mirrors(params, updates, "master_weights: the gradients")
+        _mirror.check_shapes(
+            _mirror.without_examples(updates, params),
+            params,
+            "master_weights: the gradient",
+        )
         _check_state(residual_codec, state, params)
         emit_params = finished and not run.is_dry()
         paths = _mirror.leaf_paths(params)
@@ -155,6 +160,7 @@ def master_weights(
                 _join(params, state.residual),
                 **extra_args,
             )
+            _mirror.check_shapes(inner_updates, params, "master_weights: the update")
             stepped = [
                 _step_leaf(residual_codec, emit_params, start, *row)
                 for row in zip(
@@ -215,13 +221,13 @@ def cast_params(
     """
     dtype = np.dtype(dtype)
 
-    def cast(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+    def cast(path: str, p: jax.Array) -> jax.Array:
         stays = dtype not in weights.SPLIT_DTYPES or p.dtype != jnp.float32
-        if stays or (keep_float32 and keep_float32(_mirror.path_str(path), p)):
+        if stays or (keep_float32 and keep_float32(path, p)):
             return p
         return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return _mirror.map_with_path(cast, params)
 
 
 def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -482,8 +488,14 @@ def _check_state(
     for path, p, r in triples:
         if not weights.is_split(p):
             continue
+        if r.shape != p.shape:
+            raise ValueError(
+                f"master_weights: {path!r} has shape {list(p.shape)}, but init saw "
+                f"{list(r.shape)}. Pass the params that the state was made for; after "
+                "changing the model call init again."
+            )
         dtype = weights.codec_of(r).dtype if codec is None else codec.dtype
-        if r.shape != p.shape or r.dtype != dtype:
+        if r.dtype != dtype:
             raise ValueError(
                 f"master_weights: {path!r} is {p.dtype}{list(p.shape)}, which takes a "
                 f"residual {dtype}{list(p.shape)}, but the state has {r.dtype}"
