@@ -208,9 +208,9 @@ class _Block(NamedTuple):
         if isinstance(op, Elementwise):
             return self.evaluate(_elementwise(op.function, op.static, dtypes), args)
         if isinstance(op, Within):
-            x, y = args
+            x, y, z = args
             y = y if self.mask is None else jnp.where(self.mask, y, 0.0)
-            return self.evaluate(_within(op), [x, y])
+            return self.evaluate(_within(op), [x, y, z])
         start, salt, *arrays = args
         (seed,) = self.evaluate(_seed(), [start, salt])
         (bits,) = self.evaluate(_mix(), [self.places ^ seed])
@@ -264,13 +264,13 @@ def _encoding(op: Encode, field: int) -> Any:
         codes, (scales,) = codec.encode_groups(x, op.bits(field, bits, most))
         return codes, scales
 
-    limits = [_element(jnp.float32) for _ in op.limited]
+    limits = [_element(jnp.float32) for _ in op.nearest]
     return _jaxpr(encode, _element(jnp.float32), _element(jnp.uint32), *limits)
 
 
 @functools.cache
 def _within(op: Within) -> Any:
-    return _jaxpr(op.of_groups, _element(jnp.float32), _element(jnp.float32))
+    return _jaxpr(op.of_groups, *[_element(jnp.float32)] * 3)
 
 
 @functools.lru_cache(maxsize=4096)

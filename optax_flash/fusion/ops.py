@@ -96,22 +96,21 @@ class Encode(Op):
 
     ``start`` is :func:`hashing.start` of the step, ``salt`` the leaf's. There is an
     array for each field, and one of the largest magnitudes that may be stored for each
-    field that is limited.
+    field that is rounded to nearest.
 
     Attributes:
       codecs: of the fields.
       shape: of each array.
       errors: indices of the fields whose rounding error, decoded minus exact, is
         returned too; float32.
-      nearest: indices of the fields that are rounded to nearest, not stochastically.
-      limited: indices of those of them whose magnitudes are limited.
+      nearest: indices of the fields that are rounded to nearest, not stochastically,
+        and whose magnitudes are limited.
     """
 
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
     errors: tuple[int, ...] = ()
     nearest: tuple[int, ...] = ()
-    limited: tuple[int, ...] = ()
 
     def bits(self, field: int, of_leaf: jax.Array, most: Any) -> arithmetic.Bits:
         """What decides a field's rounding.
@@ -119,12 +118,10 @@ class Encode(Op):
         Args:
           field: its index.
           of_leaf: the leaf's random bits.
-          most: what :attr:`limited` fields are limited by.
+          most: what :attr:`nearest` fields are limited by.
         """
-        if field in self.limited:
-            return arithmetic.Nearest(most[self.limited.index(field)])
         if field in self.nearest:
-            return arithmetic.Nearest()
+            return arithmetic.Nearest(most[self.nearest.index(field)])
         return hashing.for_field(of_leaf, field)
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
@@ -166,10 +163,7 @@ class Encode(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Within(Op):
-    """``(correction, update)`` to a correction within bounds.
-
-    It does not turn the update's sign around, and its size is at most some times the
-    largest update in its group.
+    """``(x, y, z)`` to ``x``, at most ``z`` and some times the group's largest ``|y|``.
 
     Attributes:
       times: how many times.
@@ -180,28 +174,27 @@ class Within(Op):
     group: int
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        x, y = (groups.with_whole_groups(z, self.group) for z in args)
-        shape = x.shape
-        bounded = self.of_groups(*(groups.split(z, self.group) for z in (x, y)))
-        bounded = groups.merge(bounded, shape)
-        return (bounded if x is args[0] else groups.sharded_like(bounded, args[0]),)
+        whole = [groups.with_whole_groups(x, self.group) for x in args]
+        bounded = self.of_groups(*(groups.split(x, self.group) for x in whole))
+        bounded = groups.merge(bounded, args[0].shape)
+        if whole[0] is not args[0]:
+            bounded = groups.sharded_like(bounded, args[0])
+        return (bounded,)
 
     def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
-        x, y = args
+        x, y, z = args
         if tile.mask is not None:
             # Past the end of a row an optimizer may compute anything from zeros.
             y = jnp.where(tile.mask, y, 0.0)
-        bounded = self.of_groups(*(tile.groups(z, self.group) for z in (x, y)))
+        bounded = self.of_groups(*(tile.groups(w, self.group) for w in (x, y, z)))
         return (bounded.reshape(tile.shape),)
 
-    def of_groups(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    def of_groups(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
         """The operation on arrays of shape ``(..., group)``."""
         largest = jnp.max(arithmetic.magnitude_bits(y), axis=-1)
         most = lax.bitcast_convert_type(largest, jnp.float32) * np.float32(self.times)
-        most = jnp.broadcast_to(most[..., None], y.shape)
-        low = jnp.where(y < 0.0, -most, -y)
-        high = jnp.where(y < 0.0, -y, most)
-        return jnp.minimum(jnp.maximum(x, low), high)
+        most = most[..., None] + z
+        return jnp.minimum(jnp.maximum(x, -most), most)
 
 
 @dataclasses.dataclass(frozen=True)

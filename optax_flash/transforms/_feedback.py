@@ -1,22 +1,23 @@
 r"""Error feedback: updates make up for what rounding does to a momentum.
 
-A momentum :math:`m` that is stored with an error :math:`e` changes the next update by
-:math:`l' e`, with :math:`l' = \partial u_{t+1} / \partial m_t`, the one after it by
-about :math:`a r l' e`, and so on. Here :math:`a = \partial m_{t+1} / \partial m_t`, and
-:math:`r = l' / l` tells how the influence of a momentum on an update changes from one
-step to the next: bias corrections end, learning rates decay, and a second moment that
-this update knows exactly is rounded before the next. In all that is
+A momentum :math:`m_t` that is stored with an error :math:`e` changes the next update by
+:math:`l' e`, with :math:`l' = \partial u_{t+1} / \partial m_t`. It changes the update
+after that by :math:`a r l' e`, and so on. Here :math:`a = \partial m_{t+1} / \partial
+m_t` is how the momentum fades, and :math:`r` is how its influence on updates changes
+with time: bias corrections end and learning rates decay. The sum of all changes is
 
-.. math:: \frac{r\, l}{1 - a r}\, e,\qquad 0 \le r \le 1.
+.. math:: \frac{l'}{1 - a r}\, e,\qquad l' \le l,\quad r = l_\mathrm{time} / l \le 1.
 
 With this taken off the present update, updates sum up to what they would be without
-the error. For SGD :math:`r = 1` and the sum is exact. For Adam
-:math:`1 / l_t = (1 - b_1^t) \sqrt{\hat v_t} / b_1`, and with a constant :math:`v` the
-sum is :math:`b_1 / (1 - b_1) / \sqrt{\hat v_t}` from the first step on. An influence
-that grows, as in a warmup, counts as constant: updates pay no more than they can.
+the error. Here :math:`l = \partial u_t / \partial m_{t-1}` is the present influence;
+:math:`l'` is that on an update from the new state, as it is stored, with the same
+gradient; and :math:`l_\mathrm{time}` is the present one under the counts of the next
+step. For SGD all are the same, and the sum is exact. For Adam :math:`l'` knows that the
+second moment is rounded too, which makes the next update smaller beside an outlier. An
+influence that grows, as in a warmup, counts as constant.
 
-Derivatives are those of an element by itself; where elements mix, in a norm or a
-matrix product, there are none.
+Derivatives are those of an element by itself. Where elements mix, in a norm or a matrix
+product, there are none.
 """
 
 from collections.abc import Callable
@@ -40,12 +41,14 @@ class Gain(NamedTuple):
     """What a momentum's rounding error is multiplied by and added to its update.
 
     Attributes:
-      value: an array like the momentum, or a scalar.
+      value: an array like the momentum.
+      kept: how much of an old momentum is in the new one; like it, too.
       uniform: whether all elements have the same one, as SGD's do. Others are estimates
         of their own for each element.
     """
 
     value: jax.Array
+    kept: jax.Array
     uniform: bool
 
 
@@ -53,24 +56,25 @@ class Feedback(NamedTuple):
     """What an update's momenta owe to it.
 
     Attributes:
-      fed: by field, the params whose momentum has a gain.
-      exact: by field, those whose gain is the same at all later steps.
-      uniform: by field and param, gains that are the same for all elements, as far as
-        they are known before the momenta are rounded: they get no larger.
-      gains: a function of the new state as it is stored, decoded; gives all gains.
+      fed: by field and param, the gains as far as they are known before the momenta
+        are rounded: if their influence stays what it is. They get no larger.
+      exact: by field, the params whose gains are these.
+      gains: a function of the new state as it is stored, decoded; gives the gains.
     """
 
-    fed: dict[int, frozenset[int]]
+    fed: dict[int, ByParam]
     exact: dict[int, frozenset[int]]
-    uniform: dict[int, ByParam]
     gains: Callable[[PyTree], dict[int, dict[int, Gain]]]
 
     def looks_ahead(self, param: int) -> bool:
         """Whether a param's gains depend on how its state is stored."""
-        return any(param in self.fed[f] - self.exact[f] for f in self.fed)
+        return any(
+            param in gains and param not in self.exact[field]
+            for field, gains in self.fed.items()
+        )
 
 
-NONE = Feedback({}, {}, {}, lambda stored: {})
+NONE = Feedback({}, {}, lambda stored: {})
 """Of an update that makes up for nothing."""
 
 
@@ -127,14 +131,13 @@ def with_feedback(
             for field, response in responses.items()
         }
 
-    fed = {field: frozenset(response.at) for field, response in responses.items()}
-    exact = {field: response.exact for field, response in responses.items()}
-    uniform = {
-        field: response.gains_of(response.uniform, found[field])
+    fed = {
+        field: response.present_gains(found[field])
         for field, response in responses.items()
     }
+    exact = {field: response.exact for field, response in responses.items()}
     new = new_state.unflatten(results[count:])
-    feedback = Feedback(fed, exact, uniform, gains)
+    feedback = Feedback(fed, exact, gains)
     return updates.unflatten(results[:count]), new, feedback
 
 
@@ -144,11 +147,13 @@ class _Influence(NamedTuple):
     Attributes:
       on_update: the change of the update with that of the momentum.
       on_momentum: the change of the new momentum.
+      leaves: of the state.
       held: values of :attr:`_Response.held`.
     """
 
     on_update: ByParam
     on_momentum: ByParam
+    leaves: list[Any]
     held: list[Any]
 
 
@@ -163,7 +168,7 @@ class _Response(NamedTuple):
       consts: its constants.
       count: how many of its results are updates.
       again: the part of it that changes with the state, from ``held`` and the state's
-        leaves to updates and new momenta of the params in ``at``.
+        leaves to updates of the params in ``at``.
       held: variables of what does not change, or is taken not to: gradients, norms.
     """
 
@@ -180,27 +185,20 @@ class _Response(NamedTuple):
     def of(
         cls, jaxpr: core.Jaxpr, consts: list[Any], count: int, at: dict[int, int]
     ) -> "_Response":
-        separate, moving = _without_mixing(
-            jaxpr, [jaxpr.invars[k] for k in at.values()]
-        )
+        inputs = [jaxpr.invars[k] for k in at.values()]
+        separate, moving = _without_mixing(jaxpr, inputs)
+        linear, changing = _linear(separate, inputs)
+        results = {
+            i: {separate.outvars[i], separate.outvars[count + k]} for i, k in at.items()
+        }
         at = {
             i: k
             for i, k in at.items()
-            if separate.outvars[i] in moving and separate.outvars[count + k] in moving
+            if results[i] <= moving and _fades(linear.get(separate.outvars[count + k]))
         }
+        uniform = [i for i in at if results[i] <= linear.keys()]
+        exact = [i for i in uniform if not results[i] & changing]
         wanted = [separate.outvars[i] for i in at]
-        wanted += [separate.outvars[count + k] for k in at.values()]
-        linear, changing = _linear(separate, [jaxpr.invars[k] for k in at.values()])
-        uniform = [
-            i
-            for i, k in at.items()
-            if {separate.outvars[i], separate.outvars[count + k]} <= linear
-        ]
-        exact = [
-            i
-            for i in uniform
-            if not {separate.outvars[i], separate.outvars[count + at[i]]} & changing
-        ]
         again, held = _again(separate, wanted)
         return cls(
             at,
@@ -223,30 +221,43 @@ class _Response(NamedTuple):
         influence = _Influence(
             {i: tangents[i] for i in self.at},
             {i: tangents[self.count + k] for i, k in self.at.items()},
+            leaves,
             outs[n:],
         )
         return outs[:n], influence
 
-    def gains_of(self, params: frozenset[int], now: _Influence) -> ByParam:
-        """The gains of some params, if momenta keep the influence that they have."""
-        return {i: _gain(now.on_update[i], now.on_momentum[i]) for i in sorted(params)}
+    def present_gains(self, now: _Influence) -> ByParam:
+        """The gains if momenta keep the influence that they have."""
+        return {i: _gain(now.on_update[i], now.on_momentum[i]) for i in self.at}
 
     def gains(self, now: _Influence, leaves: list[Any]) -> dict[int, Gain]:
         """All gains, from a new state's leaves as they are stored."""
-        values = self.gains_of(self.exact, now)
-        if len(values) < len(self.at):
-            first = len(now.held)
-            _, tangents = _derivative(
-                core.ClosedJaxpr(self.again, ()),
-                [*now.held, *leaves],
-                [first + k for k in self.at.values()],
+        values = self.present_gains(now)
+        if len(self.exact) < len(self.at):
+            rows = zip(now.leaves, leaves, strict=True)
+            later = self._influence_on_updates(now, leaves)
+            in_time = self._influence_on_updates(
+                now, [x if jnp.ndim(x) else new for x, new in rows]
             )
-            for i, later in zip(self.at, tangents, strict=False):
-                if i not in values:
-                    ratio = _ratio(now.on_update[i], later)
-                    on_momentum = now.on_momentum[i] * ratio
-                    values[i] = _gain(now.on_update[i] * ratio, on_momentum)
-        return {i: Gain(x, i in self.uniform) for i, x in values.items()}
+            for i in self.at:
+                if i not in self.exact:
+                    present = now.on_update[i]
+                    values[i] = _gain(
+                        present * _ratio(present, later[i]),
+                        now.on_momentum[i] * _ratio(present, in_time[i]),
+                    )
+        return {
+            i: Gain(x, now.on_momentum[i], i in self.uniform) for i, x in values.items()
+        }
+
+    def _influence_on_updates(self, now: _Influence, leaves: list[Any]) -> ByParam:
+        """That of momenta, if the state's leaves are others."""
+        _, tangents = _derivative(
+            core.ClosedJaxpr(self.again, ()),
+            [*now.held, *leaves],
+            [len(now.held) + k for k in self.at.values()],
+        )
+        return dict(zip(self.at, tangents, strict=True))
 
 
 def _derivative(
@@ -262,6 +273,11 @@ def _derivative(
 
     primals = [operands[k] for k in moved]
     return jax.jvp(function, primals, [jnp.ones_like(x) for x in primals])
+
+
+def _fades(scalar: float | None) -> bool:
+    """Whether a momentum fades that is kept times a scalar; None is for "unknown"."""
+    return scalar is None or abs(scalar) < 1.0
 
 
 def _ratio(now: jax.Array, later: jax.Array) -> jax.Array:
@@ -312,14 +328,17 @@ def _without_mixing(
     return jaxpr.replace(eqns=eqns), moving
 
 
-def _linear(jaxpr: core.Jaxpr, inputs: list[Any]) -> tuple[set[Any], set[Any]]:
+def _linear(
+    jaxpr: core.Jaxpr, inputs: list[Any]
+) -> tuple[dict[Any, float | None], set[Any]]:
     """Variables that are an input by a scalar, plus what does not depend on inputs.
 
     Returns:
-      These variables; and those of them whose scalar depends on the state, and so may
-      be another one at the next step.
+      These variables with their scalars, None for one that is not a literal; and those
+      of them whose scalar depends on the state, so that it may change.
     """
-    linear, changing = set(inputs), set()
+    linear: dict[Any, float | None] = dict.fromkeys(inputs, 1.0)
+    changing: set[Any] = set()
     timed = {x for x in jaxpr.invars if not x.aval.shape}
     # Arrays that hold one scalar everywhere.
     alike: set[Any] = set()
@@ -327,21 +346,30 @@ def _linear(jaxpr: core.Jaxpr, inputs: list[Any]) -> tuple[set[Any], set[Any]]:
         name, variables = eqn.primitive.name, list(filter(_is_variable, eqn.invars))
         touched = [x for x in variables if x in linear]
         others = [x for x in variables if x not in linear]
-        from_scalars = all(not x.aval.shape or x in alike for x in variables)
         if any(x in timed for x in others):
             timed.update(eqn.outvars)
-        if from_scalars and not touched:
-            alike.update(eqn.outvars)
+        if not touched:
+            if all(not x.aval.shape or x in alike for x in variables):
+                alike.update(eqn.outvars)
+            continue
         product = name in ("mul", "div") and len(touched) == 1
         if product:
             scaled = all(not x.aval.shape or x in alike for x in others)
             product = scaled and (name == "mul" or eqn.invars[0] in touched)
-        if touched and (product or name in SUMS):
-            linear.update(eqn.outvars)
-            if any(x in changing for x in touched) or (
-                product and any(x in timed for x in others)
-            ):
-                changing.update(eqn.outvars)
+        if not product and name not in SUMS:
+            continue
+        scalar = None
+        if name == "mul" and not others:
+            (literal,) = (x for x in eqn.invars if not _is_variable(x))
+            before = linear[touched[0]]
+            scalar = None if before is None else before * float(literal.val)
+        elif not product and len(touched) == 1:
+            scalar = linear[touched[0]]
+        linear.update(dict.fromkeys(eqn.outvars, scalar))
+        if any(x in changing for x in touched) or (
+            product and any(x in timed for x in others)
+        ):
+            changing.update(eqn.outvars)
     return linear, changing
 
 

@@ -185,12 +185,12 @@ def compress(
             new_updates, inner_state, feedback = _feedback.with_feedback(
                 inner_update, inner_state, momenta
             )
-            new_state, stored, errors = _encode(
+            new_state, stored, momenta = _encode(
                 rules, bundles, feedback, inner_state, new_updates, start, state
             )
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
-            new_updates = _corrected(new_updates, feedback.gains(stored), errors)
+            new_updates = _corrected(new_updates, feedback.gains(stored), momenta)
             return jax.tree.map(_like, new_updates, updates), new_state
 
         return run.run(
@@ -359,31 +359,53 @@ def _momenta(
     return momenta
 
 
-AT_MOST = 2.0
-"""An estimated correction, in largest updates of its group."""
+class _Rounded(NamedTuple):
+    """A momentum with error feedback, after a step.
+
+    Attributes:
+      codec: which rounded it.
+      error: what that added to it.
+      exact: the momentum before that.
+      old: what it was before the step.
+    """
+
+    codec: Codec
+    error: jax.Array
+    exact: jax.Array
+    old: jax.Array
+
+
+AT_MOST = 1.0
+"""How much of a group's largest update a correction may forget of older gradients."""
 
 
 def _corrected(
     updates: PyTree,
     gains: dict[int, dict[int, _feedback.Gain]],
-    errors: dict[int, dict[int, tuple[Codec, jax.Array]]],
+    momenta: dict[int, dict[int, _Rounded]],
 ) -> PyTree:
-    """Updates that make up for rounding errors, by field and param."""
+    """Updates that make up for rounding errors of momenta, by field and param.
+
+    Corrections are exact where gains are the same for all elements. Others are
+    estimates: their size is at most that of all that this step's gradient has added to
+    the momentum, and the largest update of the group besides.
+    """
     leaves, treedef = jax.tree.flatten(updates)
-    estimated: dict[int, tuple[Codec, jax.Array]] = {}
-    exact: dict[int, jax.Array] = {}
+    exact: dict[int, Any] = {}
+    estimated: dict[int, tuple[Codec, Any, Any]] = {}
     for field, of_field in gains.items():
         for i, gain in of_field.items():
-            codec, error = errors[field][i]
-            correction = gain.value * error
+            momentum = momenta[field][i]
+            correction = gain.value * momentum.error
             if gain.uniform:
-                exact[i] = exact[i] + correction if i in exact else correction
-            else:
-                others = estimated.get(i)
-                total = correction if others is None else others[1] + correction
-                estimated[i] = codec, total
-    for i, (codec, correction) in estimated.items():
-        (correction,) = ops.Within(AT_MOST, codec.group)(correction, leaves[i])
+                exact[i] = exact.get(i, 0.0) + correction
+                continue
+            added = momentum.exact - gain.kept * momentum.old
+            codec, total, size = estimated.get(i, (momentum.codec, 0.0, 0.0))
+            size = size + jnp.abs(gain.value * added)
+            estimated[i] = codec, total + correction, size
+    for i, (codec, correction, size) in estimated.items():
+        (correction,) = ops.Within(AT_MOST, codec.group)(correction, leaves[i], size)
         leaves[i] = leaves[i] + correction
     for i, correction in exact.items():
         leaves[i] = leaves[i] + correction
@@ -398,12 +420,12 @@ def _encode(
     updates: PyTree,
     start: jax.Array,
     old: CompressState,
-) -> tuple[CompressState, PyTree, dict[int, dict[int, tuple[Codec, jax.Array]]]]:
+) -> tuple[CompressState, PyTree, dict[int, dict[int, _Rounded]]]:
     """The state after a step, its arrays in codes again.
 
     Returns:
       The state; the inner state that it stands for, as far as feedback asks; and the
-      rounding errors of momenta with feedback, by field and param.
+      momenta with feedback, by field and param.
     """
     parts, join = _mirror.split_state(inner_state, updates)
     fields = rules.fields(parts)
@@ -411,15 +433,16 @@ def _encode(
     values = [list(parts[field.part].entries) for field in fields]
     decoded = [list(column) for column in values]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
-    errors: dict[int, dict[int, tuple[Codec, jax.Array]]] = {}
-    for name, i, of_param, codecs, shape, _ in bundles:
+    momenta: dict[int, dict[int, _Rounded]] = {}
+    for name, i, of_param, codecs, shape, old_arrays in bundles:
         arrays = [values[j][i] for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
         told = range(len(of_param)) if feedback.looks_ahead(i) else fed
-        uniform = {n: feedback.uniform[of_param[n]].get(i) for n in fed}
-        uniform = {n: gain for n, gain in uniform.items() if gain is not None}
-        most = [_most(arrays[n], leaves[i], gain) for n, gain in uniform.items()]
-        op = ops.Encode(codecs, shape, tuple(told), tuple(fed), tuple(uniform))
+        most = [
+            _most(arrays[n], old_arrays[n], leaves[i], feedback.fed[of_param[n]][i])
+            for n in fed
+        ]
+        op = ops.Encode(codecs, shape, tuple(told), tuple(fed))
         encoded = op(start, hashing.salt(name), *arrays, *most)
         for n, j in enumerate(of_param):
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
@@ -427,7 +450,8 @@ def _encode(
             j = of_param[n]
             decoded[j][i] = arrays[n] + error
             if n in fed:
-                errors.setdefault(j, {})[i] = codecs[n], error
+                rounded = _Rounded(codecs[n], error, arrays[n], old_arrays[n])
+                momenta.setdefault(j, {})[i] = rounded
     state = CompressState(
         step=optax.safe_increment(old.step),
         inner_state=_rejoined(parts, fields, values, join),
@@ -436,17 +460,21 @@ def _encode(
             for field, entries in zip(fields, scales, strict=True)
         },
     )
-    return state, _rejoined(parts, fields, decoded, join), errors
+    return state, _rejoined(parts, fields, decoded, join), momenta
 
 
-def _most(momentum: jax.Array, update: jax.Array, gain: jax.Array) -> jax.Array:
+def _most(
+    momentum: jax.Array, old: jax.Array, update: jax.Array, gain: jax.Array
+) -> jax.Array:
     """The largest magnitude of a momentum whose correction keeps the update's sign.
 
-    At least what the rounding of its scale may add to the largest of a group.
+    No less than the magnitude it had, as then the correction gives back what the
+    momentum lost; and no less than what the rounding of its scale may add.
     """
-    more = -update * jnp.sign(momentum) / jnp.where(gain == 0.0, 1.0, gain)
     size = jnp.abs(momentum)
-    limit = jnp.maximum(size + more, size * np.float32(1 + 2**-7))
+    sign = jnp.sign(momentum)
+    more = -update * sign / jnp.where(gain == 0.0, 1.0, gain)
+    limit = jnp.maximum(size + more, jnp.maximum(size, old * sign) * np.float32(1.01))
     # Otherwise a correction has the update's sign.
     return jnp.where(more > 0.0, limit, jnp.inf)
 
