@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
-from optax_flash.transforms.master_weights import master_weights
+from optax_flash.transforms import _frozen
+from optax_flash.transforms.master_weights import cast_params, master_weights
 
 KeepFloat32 = Callable[[str, jax.Array], bool]
 
@@ -38,6 +40,25 @@ def is_norm(path: str, param: jax.Array) -> bool:
     parts = path.split("/")
     gain = parts[-1] == "scale" and param.ndim <= 1
     return gain or any(_NORM.search(part) for part in parts)
+
+
+def cast_trained(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    dtype: DTypeLike,
+    keep_float32: KeepFloat32 | None,
+) -> optax.Params:
+    """:func:`optax_flash.cast_params` for the params that the transformation moves.
+
+    The lower bits of a param that is cast are kept in its residual, and frozen params
+    have none.
+    """
+    frozen = _frozen.frozen_paths(tx, params)
+
+    def keep(path: str, param: jax.Array) -> bool:
+        return path in frozen or bool(keep_float32 and keep_float32(path, param))
+
+    return cast_params(params, dtype, keep)
 
 
 @functools.lru_cache(maxsize=1024)
