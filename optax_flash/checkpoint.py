@@ -109,7 +109,8 @@ class Checkpoints:
             path: _as_array(path, x) for path, x in formats.named_leaves(tree).items()
         }
         numbers = {path: _numbers(x) for path, x in leaves.items()}
-        digests = jax.device_get({path: _digest(x) for path, x in numbers.items()})
+        digests = {path: hashing.digest(x) for path, x in numbers.items()}
+        digests = jax.device_get(digests)
         description = {
             "format": self._format,
             "leaves": {path: formats.describe_leaf(x) for path, x in leaves.items()},
@@ -121,13 +122,12 @@ class Checkpoints:
             if x.size  # Orbax refuses arrays without elements, and needs none.
         }
         self._remove_unfinished()
+        items = {"description": ocp.args.JsonSave(description)}
+        if arrays:  # Orbax refuses an empty tree, too.
+            items["arrays"] = ocp.args.StandardSave(arrays)
         try:
             self._checkpointer.save(
-                self.folder / str(step),
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays),
-                    description=ocp.args.JsonSave(description),
-                ),
+                self.folder / str(step), args=ocp.args.Composite(**items)
             )
         except Exception as error:
             self._remove_unfinished()
@@ -175,8 +175,9 @@ class Checkpoints:
         numbers = {path: _numbers_like(x) for path, x in targets.items()}
         try:
             arrays = {path: x for path, x in numbers.items() if x.size}
-            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
-            arrays = self._checkpointer.restore(folder, args=args)["arrays"]
+            if arrays:
+                args = ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays))
+                arrays = self._checkpointer.restore(folder, args=args)["arrays"]
         except Exception as error:
             raise self._damaged(step, _first_line(error)) from error
         restored = {
@@ -185,7 +186,8 @@ class Checkpoints:
             else jnp.zeros(x.shape, x.dtype, device=getattr(x, "sharding", None))
             for path, x in numbers.items()
         }
-        actual = jax.device_get({path: _digest(x) for path, x in restored.items()})
+        actual = {path: hashing.digest(x) for path, x in restored.items()}
+        actual = jax.device_get(actual)
         for path in actual:
             if actual[path] != digests.get(path):
                 why = f"the numbers of {path!r} are not those that were saved."
@@ -306,17 +308,6 @@ def _from_numbers(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.A
     impls = []  # Traced, for a ShapeDtypeStruct does not say its own.
     jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(x, impl=impls[0])
-
-
-def _digest(x: jax.Array) -> jax.Array:
-    """See :func:`hashing.digest`; of any dtype."""
-    if x.dtype == bool:
-        x = x.astype(jnp.uint8)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag])
-    if x.dtype.itemsize == 8:
-        x = jax.lax.bitcast_convert_type(x, np.uint32)
-    return hashing.digest(x)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash import formats
+from optax_flash.numerics.weights import SPLIT_DTYPES
 from optax_flash.transforms import _init, _records
 from optax_flash.transforms.compress import CompressState, decode_state, encode_state
 from optax_flash.transforms.master_weights import (
@@ -49,6 +50,7 @@ def to_optax_state(
       >>> optax.tree.get(state, "mu")["w"].dtype
       dtype('float32')
     """
+    params = _init.as_arrays(params)
     described = _described(tx, params)
     _check_state(jax.eval_shape(lambda p: tx.init(p), params), state, "The state")
     if _has_master_weights(state):
@@ -95,9 +97,9 @@ def from_optax_state(
       >>> params["w"].dtype, optax.tree.get(state, "mu")["w"].dtype
       (dtype(bfloat16), dtype('uint8'))
     """
-    params = weights
+    params = weights = _init.as_arrays(weights)
     if like is not None:
-        params = jax.tree.map(lambda w, p: cast_params(w, p.dtype), weights, like)
+        params = jax.tree.map(_like, weights, _init.as_arrays(like))
     described = _described(tx, params)
     with _records.uncompressed():
         plain = jax.eval_shape(lambda p: tx.init(p), params)
@@ -107,6 +109,15 @@ def from_optax_state(
     if _has_master_weights(state):
         state = set_master_params(state, params, weights)
     return params, state
+
+
+def _like(weight: jax.Array, param: Any) -> Any:
+    """A weight in the dtype of a param."""
+    if param.dtype in SPLIT_DTYPES:
+        return cast_params(weight, param.dtype)
+    # A float32 weight of a float32 param stays, and 8-bit floats have no residual.
+    narrow = param.dtype.itemsize == 1 and jnp.issubdtype(param.dtype, jnp.floating)
+    return weight.astype(param.dtype) if narrow else weight
 
 
 def _described(tx: optax.GradientTransformation, params: optax.Params) -> PyTree:

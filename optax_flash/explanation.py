@@ -9,7 +9,7 @@ import optax
 from optax_flash.fusion import run
 from optax_flash.fusion.choose import choose
 from optax_flash.fusion.split import Leaf
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _init, _mirror
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ def explain(
     """
     if platform is None:
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    params = _init.as_arrays(params)
     state = jax.eval_shape(tx.init, params)
     update = optax.with_extra_args_support(tx).update
     with run.watch() as leaves:

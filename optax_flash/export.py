@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from optax_flash import formats
+from optax_flash.transforms import _init
 from optax_flash.transforms.master_weights import master_params
 
 
@@ -63,7 +64,7 @@ def save_safetensors(
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        files.save_file(arrays, unfinished, metadata=dict(metadata or {}))
+        files.save_file(arrays, unfinished, metadata=dict(metadata or {}) or None)
         os.replace(unfinished, path)
     except Exception as error:
         raise OSError(f"{path} was not written: {error}") from error
@@ -122,7 +123,7 @@ def _safetensors() -> types.ModuleType:
 
 def _named(tree: optax.Params, separator: str) -> dict[str, jax.Array]:
     """Leaves by name."""
-    named = formats.named_leaves(tree)
+    named = formats.named_leaves(_init.as_arrays(tree))
     renamed = {path.replace("/", separator): leaf for path, leaf in named.items()}
     if len(renamed) != len(named):
         raise ValueError(

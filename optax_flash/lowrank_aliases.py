@@ -176,7 +176,8 @@ def lora_pre_muon(
         adam_learning_rate = learning_rate
 
     def label(path: str, x: jax.Array) -> str:
-        chosen = x.ndim >= 2 and (where is None or where(path))
+        matrix = x.ndim >= 2 and _mirror.is_real(x)
+        chosen = matrix and (where is None or where(path))
         return "muon" if chosen else "adam"
 
     muon = with_decay(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash import formats
-from optax_flash.transforms import _mirror, _records
+from optax_flash.transforms import _init, _mirror, _records
 
 COMPONENTS: tuple[str, ...] = (
     "weights",
@@ -71,13 +71,13 @@ class MemoryReport:
 
     @property
     def bytes_per_param(self) -> float:
-        """All components over the number of params."""
-        return sum(self.component_bytes.values()) / self.params
+        """All components over the number of params; 0 where there are none."""
+        return _each(self.component_bytes, self.params)
 
     @property
     def stock_bytes_per_param(self) -> float:
         """The same for the stock optimizer."""
-        return sum(self.stock_bytes.values()) / self.params
+        return _each(self.stock_bytes, self.params)
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -129,6 +129,7 @@ def memory_report(
       >>> f"{report.bytes_per_param:.3f} of {report.stock_bytes_per_param:.0f}"
       '7.125 of 16'
     """
+    params = _init.as_arrays(params)
     state, records = formats.describe(tx, params)
     with _records.uncompressed():
         stock_state = jax.eval_shape(lambda p: tx.init(p), params)
@@ -202,6 +203,10 @@ def _rest(
     ours["other state"] = _total(state) - of_param.total()
     stock["other state"] = _total(stock_state) - stock_of_param.total()
     return Row("(no param)", 0, 0, ours, stock)
+
+
+def _each(component_bytes: dict[str, int], params: int) -> float:
+    return sum(component_bytes.values()) / params if params else 0.0
 
 
 def _total(tree: Any) -> int:

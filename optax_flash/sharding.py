@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash import formats
 from optax_flash.numerics import meshes
-from optax_flash.transforms import _mirror, _records, _shardings
+from optax_flash.transforms import _init, _mirror, _records, _shardings
 
 PyTree = Any
 
@@ -74,18 +75,22 @@ def tree_sharding(
 ) -> PyTree:
     """The same for any tree that holds a state of ``tx``, such as a train state."""
     _, records = formats.describe(tx, _shapes(params))
+    params = _init.as_arrays(params)
     if isinstance(params, optax.LookaheadParams):
         # The state mirrors one of the two copies.
         params = params.fast
         param_sharding = getattr(param_sharding, "fast", param_sharding)
     shardings = _of_params(params, param_sharding)
     _warn_of_cut_groups(records, params, shardings)
-    return _shardings.of_tree(tree, params, shardings)
+    mesh = shardings[0].mesh if shardings else _mesh(param_sharding)
+    return _shardings.of_tree(tree, params, shardings, mesh)
 
 
 def _shapes(params: PyTree) -> PyTree:
     """Without the types of an explicit mesh, for which init would need its context."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    return jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
+    )
 
 
 def _of_params(params: PyTree, given: PyTree) -> list[NamedSharding]:
@@ -93,7 +98,7 @@ def _of_params(params: PyTree, given: PyTree) -> list[NamedSharding]:
     paths = _mirror.leaf_paths(params)
     leaves = jax.tree.leaves(params)
     if not leaves:
-        raise ValueError("state_sharding: there are no params.")
+        return []
     if given is None:
         shardings: Sequence[Any] | None = _shardings.own(params)
         if shardings is None:
@@ -108,6 +113,18 @@ def _of_params(params: PyTree, given: PyTree) -> list[NamedSharding]:
             raise ValueError(_difference(given, params)) from error
     rows = zip(paths, leaves, shardings, strict=True)
     return [_checked(path, p.shape, sharding) for path, p, sharding in rows]
+
+
+def _mesh(given: PyTree) -> Any:
+    """The mesh of a state that belongs to no params at all."""
+    known = [x.mesh for x in jax.tree.leaves(given) if isinstance(x, NamedSharding)]
+    mesh = known[0] if known else jax.sharding.get_mesh()
+    if mesh.empty:
+        raise ValueError(
+            "state_sharding: there are no params, and so no mesh is known. Pass a "
+            "NamedSharding, or call state_sharding under jax.set_mesh(mesh)."
+        )
+    return mesh
 
 
 def _checked(path: str, shape: tuple[int, ...], sharding: Any) -> NamedSharding:

@@ -12,11 +12,18 @@ PARAMS = {"layer": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
 
 
 @pytest.mark.parametrize("wrap", [compress, master_weights])
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.bool])
-def test_params_that_are_not_floating(wrap, dtype):
-    params = PARAMS | {"other": {"steps": jnp.zeros(4, dtype)}}
-    with pytest.raises(ValueError, match=r"'other/steps'.*optax\.masked"):
+@pytest.mark.parametrize("leaf", ["text", jnp.tanh, object()])
+def test_params_that_are_no_arrays(wrap, leaf):
+    params = PARAMS | {"other": {"steps": leaf}}
+    with pytest.raises(ValueError, match=r"'other/steps' is a .*optax\.masked"):
         wrap(optax.adam(1e-3)).init(params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.bool])
+def test_matrices_that_cannot_be_orthogonalised(dtype):
+    params = {"other": {"steps": jnp.zeros((4, 4), dtype)}}
+    with pytest.raises(ValueError, match=r"'other/steps'.*optax\.masked"):
+        optax_flash.scale_by_lora_pre_muon(2).init(params)
 
 
 def test_complex_params_can_be_split():

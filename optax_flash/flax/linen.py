@@ -1,26 +1,25 @@
 """``TrainState`` for Flax linen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax.typing import DTypeLike
 
 from optax_flash.flax.precision import (
     KeepFloat32,
+    cast_trained,
     float32_paths,
     kept_by,
     with_master_weights,
 )
 from optax_flash.release import Sequence, train_step
 from optax_flash.sharding import tree_sharding
-from optax_flash.transforms.master_weights import (
-    cast_params,
-    master_params,
-    set_master_params,
-)
+from optax_flash.transforms import _init
+from optax_flash.transforms.master_weights import master_params, set_master_params
 
 
 class TrainState(train_state.TrainState):
@@ -28,7 +27,11 @@ class TrainState(train_state.TrainState):
 
     ``create`` casts the params, wraps ``tx`` in :func:`optax_flash.master_weights` with
     finished params, and keeps the lower bits of the weights that it is given. All else
-    is Flax's own: ``apply_gradients``, ``replace``, further fields in subclasses.
+    is Flax's own: ``apply_gradients``, ``replace``, further fields in subclasses, and
+    the collection of FP8 layers that gradients overwrite.
+
+    Params that ``tx`` freezes (``optax.set_to_zero`` under ``optax.partition`` or
+    ``optax.masked``) stay in the dtype in which they are given, and have no residual.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, optax_flash
@@ -63,7 +66,8 @@ class TrainState(train_state.TrainState):
 
         Args:
           apply_fn: usually ``model.apply``.
-          params: float32 weights.
+          params: float32 weights; of FP8 layers all that ``model.init`` returned, with
+            the collections "params" and "_overwrite_with_gradient".
           tx: the transformation, without ``master_weights``; its updates are applied
             to float32 weights.
           param_dtype: of the params: bfloat16 or float16; float32 casts nothing.
@@ -77,14 +81,16 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: ``keep_float32`` is another string.
         """
-        half = cast_params(params, param_dtype, kept_by(keep_float32, params))
+        weights = _init.as_arrays(_trained(params))
+        kept = kept_by(keep_float32, weights)
+        half = cast_trained(tx, weights, param_dtype, kept)
         state = super().create(
             apply_fn=apply_fn,
-            params=half,
+            params=_with_trained(params, half),
             tx=with_master_weights(tx, bits, codec),
             **kwargs,
         )
-        opt_state = set_master_params(state.opt_state, half, params)
+        opt_state = set_master_params(state.opt_state, half, weights)
         return state.replace(opt_state=opt_state)
 
     def release_gradients(
@@ -106,6 +112,11 @@ class TrainState(train_state.TrainState):
         Returns:
           ``(loss, state)``.
         """
+        if _overwritten(self.params):
+            raise ValueError(
+                f"release_gradients: the params have {OVERWRITE_WITH_GRADIENT!r}. Only "
+                "apply_gradients takes such params."
+            )
         step = train_step(model, self.tx, per_layer=per_layer)
         loss, params, opt_state = step(self.params, self.opt_state, *batch)
         return loss, self.replace(
@@ -132,7 +143,15 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: as :func:`optax_flash.state_sharding` does.
         """
-        return tree_sharding(self, self.tx, self.params, param_sharding)
+        given = param_sharding
+        if _overwritten(given):
+            given = _trained(given)
+        sharding = tree_sharding(self, self.tx, _trained(self.params), given)
+        if given is param_sharding:
+            return sharding
+        # The other collection mirrors no params, but may have shardings of its own.
+        own = _with_trained(param_sharding, _trained(sharding.params))
+        return sharding.replace(params=own)
 
     def kept_float32(self) -> list[str]:
         """The sorted paths of the params that are stored in float32.
@@ -151,5 +170,24 @@ class TrainState(train_state.TrainState):
         return float32_paths(self.params)
 
     def fp32_params(self) -> optax.Params:
-        """The float32 weights, for evaluation and export."""
-        return master_params(self.params, self.opt_state)
+        """The float32 weights, for evaluation and export; frozen ones as they are.
+
+        A tree like ``params``.
+        """
+        weights = master_params(_trained(self.params), self.opt_state)
+        return _with_trained(self.params, weights)
+
+
+def _overwritten(params: Any) -> bool:
+    """Whether there is a collection that gradients overwrite, as FP8 layers have."""
+    return isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params
+
+
+def _trained(params: Any) -> Any:
+    """What the transformation gets of the params."""
+    return params["params"] if _overwritten(params) else params
+
+
+def _with_trained(params: Any, new: Any) -> Any:
+    """The params with others in place of those."""
+    return {**params, "params": new} if _overwritten(params) else new

@@ -10,17 +10,14 @@ from jax.typing import DTypeLike
 
 from optax_flash.flax.precision import (
     KeepFloat32,
+    cast_trained,
     float32_paths,
     kept_by,
     with_master_weights,
 )
 from optax_flash.numerics import meshes
 from optax_flash.transforms import _mirror, _shardings
-from optax_flash.transforms.master_weights import (
-    cast_params,
-    master_params,
-    set_master_params,
-)
+from optax_flash.transforms.master_weights import master_params, set_master_params
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -35,6 +32,10 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
     Sharding names of the model's params pass to their state, where they fit: made under
     ``jax.set_mesh``, also inside ``nnx.jit``, the state is sharded like the model, and
     ``nnx.get_named_sharding(nnx.state(optimizer), mesh)`` tells how.
+
+    What ``wrt`` does not select stays as it is. So do params that ``tx`` freezes
+    (``optax.set_to_zero`` under ``optax.partition`` or ``optax.masked``): they stay in
+    the dtype in which they are found, and have no residual.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash
@@ -79,7 +80,8 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
           ValueError: ``keep_float32`` is another string.
         """
         weights = nnx.as_pure(nnx.state(model, wrt))
-        half = cast_params(weights, param_dtype, kept_by(keep_float32, model, wrt))
+        kept = kept_by(keep_float32, model, wrt)
+        half = cast_trained(tx, weights, param_dtype, kept)
         nnx.update(model, half)
         tx = with_master_weights(tx, bits, codec)
 

@@ -153,10 +153,9 @@ def _params(tree: Any) -> Iterator[_Param]:
 
     for outer, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         *module, name = _keys(outer) or ("",)
-        for inner, p in jax.tree_util.tree_leaves_with_path(box):
-            # A Variable has its path, and the array in a box of linen one of its own.
-            path = outer if isinstance(box, nnx.Variable) else (*outer, *inner)
-            yield _Param(_mirror.path_str(path), tuple(module), name, np.shape(p))
+        path = jax.tree_util.keystr(outer, simple=True, separator="/") or "params"
+        for p in jax.tree.leaves(box):
+            yield _Param(path, tuple(module), name, np.shape(p))
 
 
 def _keys(path: tuple[Any, ...]) -> Module:

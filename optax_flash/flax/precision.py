@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from optax_flash.flax.norms import norm_paths
-from optax_flash.transforms import _mirror
-from optax_flash.transforms.master_weights import master_weights
+from optax_flash.transforms import _frozen, _mirror
+from optax_flash.transforms.master_weights import cast_params, master_weights
 
 KeepFloat32 = Callable[[str, jax.Array], bool] | Literal["norms"] | None
 
@@ -41,12 +42,27 @@ def kept_by(
 
 def float32_paths(params: optax.Params) -> list[str]:
     """The sorted paths of float32 params."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return sorted(
-        _mirror.path_str(path)
-        for path, p in leaves
-        if getattr(p, "dtype", None) == "float32"
-    )
+    rows = zip(_mirror.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    return sorted(path for path, p in rows if getattr(p, "dtype", None) == "float32")
+
+
+def cast_trained(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    dtype: DTypeLike,
+    keep_float32: Callable[[str, jax.Array], bool] | None,
+) -> optax.Params:
+    """:func:`optax_flash.cast_params` for the params that the transformation moves.
+
+    The lower bits of a param that is cast are kept in its residual, and frozen params
+    have none.
+    """
+    frozen = _frozen.frozen_paths(tx, params)
+
+    def keep(path: str, param: jax.Array) -> bool:
+        return path in frozen or bool(keep_float32 and keep_float32(path, param))
+
+    return cast_params(params, dtype, keep)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,6 +12,12 @@ TOGETHER = 16
 """How many of them share one."""
 
 
+DTYPES = frozenset(
+    "float32 bfloat16 float16 int32 uint32 int16 uint16 int8 uint8".split()
+)
+"""Of the arrays that kernels read."""
+
+
 def misfit(program: Program, implementation: str, platform: str = "cuda") -> str | None:
     """Why a program cannot run in a kernel for a platform; None if it can."""
     if implementation == "xla":
@@ -25,7 +31,7 @@ def misfit(program: Program, implementation: str, platform: str = "cuda") -> str
     if program.lanes & (program.lanes - 1):
         return f"groups of {program.lanes} are no power of two"
     for role, x in zip(program.inputs, program.jaxpr.invars, strict=True):
-        if role.kind != "scalar" and x.aval.dtype.name in ("bool", "float64", "int64"):
+        if role.kind != "scalar" and x.aval.dtype.name not in DTYPES:
             return f"an operand is {x.aval.dtype}"
     # Backends import compilers, for which nobody else should wait.
     if implementation == "pallas" and platform == "tpu":

@@ -171,7 +171,8 @@ def run(
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves
     donors = {}
-    if n_updates == sizes[0]:
+    in_order = in_place_of != "params" or sizes[2] == n_updates
+    if n_updates == sizes[0] and in_order:
         first = sum(sizes[:2]) if in_place_of == "params" else 0
         donors.update({i: first + i for i in range(n_updates)})
     if new_state == jax.tree.structure(state):

@@ -102,12 +102,18 @@ def digest(x: jax.Array) -> jax.Array:
     """A number that depends on all bits of an array and on their places.
 
     Args:
-      x: any shape; numbers of 1, 2 or 4 bytes.
+      x: any shape and dtype of numbers or booleans.
 
     Returns:
       Scalar uint32, the same however the array is sharded. A change of one element
       always changes it, any other goes unnoticed with a probability of 2**-32.
     """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    if x.dtype.itemsize == 8:
+        x = lax.bitcast_convert_type(x, jnp.uint32)
     words = lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
     words = jnp.atleast_1d(words)
     place = bits(jnp.uint32(0), words.shape)

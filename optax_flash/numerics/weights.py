@@ -17,7 +17,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ SPLIT_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 _MISSING_BITS = {SPLIT_DTYPES[0]: 16, SPLIT_DTYPES[1]: 13}
 
 
-def is_split(x: jax.typing.ArrayLike) -> bool:
+def is_split(x: Any) -> bool:
     """Whether a param of this dtype has a residual: bfloat16 and float16 have."""
-    return jnp.result_type(x) in SPLIT_DTYPES
+    return hasattr(x, "dtype") and x.dtype in SPLIT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,9 @@ def plan(
             f"plan: a batch of {batch} does not divide over {job.devices} devices."
         )
     for leaf in jax.tree.leaves(job.params):
-        if bits and leaf.dtype not in weights.SPLIT_DTYPES:
+        # Whole numbers, of which there may be some among the params, stay as they are.
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if bits and floating and leaf.dtype not in weights.SPLIT_DTYPES:
             raise ValueError(
                 f"plan: {bits} bits are kept in bfloat16 or float16 params and a "
                 f"residual, not in {leaf.dtype}. Pass bits=None or another param_dtype."
@@ -292,7 +294,9 @@ def _placed(params: PyTree, dtype: Any, mesh: Mapping[str, int] | None) -> PyTre
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, jax.sharding.NamedSharding):
             sharding = None
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        own = dtype if dtype and floating else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, own, sharding=sharding)
 
     params = jax.tree.map(cast, params)
     leaves = jax.tree.leaves(params)
@@ -321,7 +325,12 @@ def _baselines(job: _Job, batch: int, remat: bool) -> dict[str, int]:
     """The same step with optax's AdamW, in float32 and in mixed precision."""
 
     def like(dtype: Any) -> PyTree:
-        return jax.tree.map(lambda x: x.update(dtype=dtype), job.params)
+        return jax.tree.map(
+            lambda x: (
+                x.update(dtype=dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            ),
+            job.params,
+        )
 
     full, half = like(jnp.float32), like(jnp.bfloat16)
     state = shards.state_bytes(optimizers.named("adamw"), full)

@@ -68,6 +68,8 @@ def gib(count: int) -> str:
 
 
 def _each(plan: "Plan", count: int) -> str:
+    if not plan.params:
+        return "-"
     return f"{count * plan.devices / plan.params:.3f}"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
         with _context(shardings[0].mesh):
             # A new function each time: a cached trace would not run init again.
             state = jax.eval_shape(lambda p: init(p), params)
-            out = _shardings.of_tree(state, params, shardings)
+            out = _shardings.of_tree(state, params, shardings, shardings[0].mesh)
             return jax.jit(init, out_shardings=out)(params)
 
     return wrapped
@@ -54,14 +55,45 @@ def _context(mesh: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
 
 
+def as_arrays(tree: PyTree) -> PyTree:
+    """The tree with arrays in place of Python's numbers; other leaves stay."""
+    return jax.tree.map(
+        lambda x: (
+            jnp.asarray(x, jnp.result_type(x))
+            if isinstance(x, numbers.Number) and not hasattr(x, "dtype")
+            else x
+        ),
+        tree,
+    )
+
+
 def like_float32(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
-    """A param as the wrapped optimizer sees it: half precision becomes float32."""
-    if jnp.dtype(x.dtype).itemsize >= 4:
+    """A param as the wrapped optimizer sees it: half precision becomes float32.
+
+    So do 8-bit floats. What is not real floating stays as it is.
+    """
+    if not hasattr(x, "dtype"):
+        return x
+    if jnp.dtype(x.dtype).itemsize >= 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
     # Not through jnp, which costs several times as much to trace.
     return jax.lax.convert_element_type(x, np.dtype(np.float32))
+
+
+def in_float32(x: jax.Array) -> jax.Array:
+    """A gradient or param in float32; complex numbers stay complex."""
+    complexes = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return x if complexes else x.astype(jnp.float32)
+
+
+def like_grad(update: Any, grad: jax.Array) -> Any:
+    """An update in its gradient's dtype, except of whole numbers, as in optax."""
+    same = getattr(update, "dtype", None) == grad.dtype
+    if same or not jnp.issubdtype(grad.dtype, jnp.inexact):
+        return update
+    return jax.lax.convert_element_type(update, grad.dtype)
 
 
 def not_constant(state: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """Finding, inside any optimizer state, the trees that mirror the params."""
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,6 +178,97 @@ def without_examples(grads: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(shape, grads, params)
 
 
+def narrowed(tree: PyTree, updates: PyTree) -> PyTree:
+    """A tree without the leaves that the updates lack.
+
+    Gradients have nothing, None or MaskedNode, in place of a frozen param or of a
+    function that an Equinox module holds; the params beside them have all leaves.
+
+    Args:
+      tree: params. One that has other containers than the updates is returned as it is.
+      updates: gradients.
+    """
+    leaves, wide = _with_absent(updates)
+    if not any(map(_is_absent, leaves)):
+        return tree
+    entries = _flatten_up_to(wide, tree)
+    return tree if entries is None else wide.unflatten(_filled(leaves, entries))
+
+
+def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """:func:`narrowed` for all subtrees of a state that mirror the updates, and back.
+
+    Returns:
+      ``(state, widen)``: ``widen`` puts what was left out into a state that is like
+      the returned one, so that leaves without a gradient keep their state.
+    """
+    leaves, wide = _with_absent(updates)
+    if len(leaves) < 2 or not any(map(_is_absent, leaves)):
+        return state, lambda new: new
+
+    def entries_of(node: PyTree) -> list[Any] | None:
+        entries = _flatten_up_to(wide, node)
+        if entries is None:
+            return None
+        own = [x for x, u in zip(entries, leaves, strict=True) if not _is_absent(u)]
+        # Without a gradient at all, any container of that size would mirror them.
+        fits = all(_is_array(x) or _is_absent(x) for x in own or entries)
+        return entries if fits and any(map(_is_array, own or entries)) else None
+
+    nodes, treedef = jax.tree.flatten(
+        state, is_leaf=lambda node: entries_of(node) is not None
+    )
+    columns = [entries_of(node) for node in nodes]
+    narrow_nodes = [
+        node if column is None else wide.unflatten(_filled(leaves, column))
+        for node, column in zip(nodes, columns, strict=True)
+    ]
+
+    def widen(new: PyTree) -> PyTree:
+        rows = zip(treedef.flatten_up_to(new), columns, strict=True)
+        return treedef.unflatten(
+            [
+                node
+                if column is None
+                else wide.unflatten(
+                    old if _is_absent(u) else x
+                    for u, old, x in zip(
+                        leaves, column, wide.flatten_up_to(node), strict=True
+                    )
+                )
+                for node, column in rows
+            ]
+        )
+
+    return treedef.unflatten(narrow_nodes), widen
+
+
+def present(tree: PyTree, updates: PyTree) -> list[bool]:
+    """For each leaf of a tree that :func:`narrowed` takes, whether it would stay."""
+    leaves, wide = _with_absent(updates)
+    entries = _flatten_up_to(wide, tree)
+    if entries is None:
+        return [True] * len(jax.tree.leaves(tree))
+    rows = zip(leaves, entries, strict=True)
+    return [not _is_absent(u) for u, x in rows for _ in jax.tree.leaves(x)]
+
+
+def check_arrays(params: PyTree, what: str) -> None:
+    """Raises a ValueError that names the first leaf which is no array or number."""
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        if not _is_array(leaf) and not isinstance(leaf, numbers.Number):
+            raise ValueError(
+                f"{what}: param {path!r} is a {type(leaf).__name__}. Pass "
+                "init the arrays alone, as equinox.filter(model, equinox.is_array) or "
+                "optax.masked do; update takes the whole params."
+            )
+
+
+def is_real(x: Any) -> bool:
+    """Whether an array is of real floating numbers, which codes can stand for."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def check_floating(params: PyTree, what: str) -> None:
     """Raises a ValueError that names the first leaf which is not real floating."""
     for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
@@ -199,13 +291,8 @@ def _entries(
 ) -> tuple[list[Any], Callable[[list[Any]], PyTree]] | None:
     """A mirroring tree's entries and how to rebuild it; None if it does not mirror."""
     structure = jax.tree.structure(params)
-    node = structure.node_data()
-    if node is not None and type(tree) is not node[0]:
-        # Seen at a glance; the exception below would print the whole tree first.
-        return None
-    try:
-        entries = structure.flatten_up_to(tree)
-    except (ValueError, TypeError, KeyError):
+    entries = _flatten_up_to(structure, tree)
+    if entries is None:
         return _entries_of_prefix(tree, params)
     mirrors = all(_is_array(x) or _is_absent(x) for x in entries)
     return (entries, structure.unflatten) if mirrors else None
@@ -260,6 +347,29 @@ def _leaf_keys(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[tuple[Key, 
 @functools.cache
 def _is_box(cls: type) -> bool:
     return not BOXES.isdisjoint(map(class_name, cls.__mro__))
+
+
+def _with_absent(tree: PyTree) -> tuple[list[Any], Any]:
+    """``jax.tree.flatten`` for which None and MaskedNode are leaves."""
+    return jax.tree.flatten(tree, is_leaf=_is_absent)
+
+
+def _flatten_up_to(structure: Any, tree: PyTree) -> list[Any] | None:
+    """What a tree has in the place of each leaf; None if its containers differ."""
+    node = structure.node_data()
+    if node is not None and type(tree) is not node[0]:
+        # Seen at a glance; the exception below would print the whole tree first.
+        return None
+    try:
+        return structure.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _filled(leaves: list[Any], entries: list[Any]) -> list[Any]:
+    """The entries, with nothing where the leaves are nothing."""
+    rows = zip(leaves, entries, strict=True)
+    return [u if _is_absent(u) else x for u, x in rows]
 
 
 def _is_array(x: Any) -> bool:

@@ -119,6 +119,24 @@ def configured() -> Iterator[None]:
         _configured.reset(token)
 
 
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Makes inits say nothing, and return the state that updates take."""
+    tokens = [(x, x.set(y)) for x, y in _PLAIN]
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+_PLAIN: tuple[tuple[contextvars.ContextVar[Any], Any], ...] = (
+    (_records, None),
+    (_uncompressed, False),
+    (_configured, False),
+)
+
+
 def with_config(state: Any, params: Any, config: Hashable) -> Any:
     """The state of an init, configured where that is asked for."""
     return Configured(state, params, config) if _configured.get() else state

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from optax_flash.numerics.catalogue import get_codec
 from optax_flash.numerics.codecs import Codec
@@ -128,10 +127,13 @@ class Rules:
         raise AssertionError("the last pattern fits everything")
 
     def codec_at_init(
-        self, field: Field, path: str, shape: tuple[int, ...], x: Any
+        self, field: Field, path: str, shape: tuple[int, ...] | None, x: Any
     ) -> Codec | None:
-        """The codec for a new entry ``x`` of a param of ``shape``."""
-        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        """The codec for a new entry ``x`` of a param of ``shape``.
+
+        The shape is None where the param is not real floating.
+        """
+        if shape is None or not hasattr(x, "dtype") or not _mirror.is_real(x):
             return None
         codec = self.codec(field, path)
         fits = (

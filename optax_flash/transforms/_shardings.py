@@ -30,7 +30,7 @@ def own(params: PyTree) -> list[NamedSharding] | None:
 
 
 def of_tree(
-    tree: PyTree, params: PyTree, param_shardings: Sequence[NamedSharding]
+    tree: PyTree, params: PyTree, param_shardings: Sequence[NamedSharding], mesh: Any
 ) -> PyTree:
     """A sharding for every array of a tree: its param's, fitted, where it has one.
 
@@ -38,9 +38,10 @@ def of_tree(
       tree: an optimizer state, or anything else that holds trees like the params;
         shapes are enough.
       params: shapes are enough.
-      param_shardings: of the params' leaves, at least one.
+      param_shardings: of the params' leaves.
+      mesh: for what belongs to no param.
     """
-    replicated = NamedSharding(param_shardings[0].mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     parts, join = _mirror.split_state(tree, params)
 
     def fitted(part: _mirror.Mirror) -> PyTree:

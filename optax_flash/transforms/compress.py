@@ -66,6 +66,10 @@ def compress(
     Unknown fields and arrays under ``min_size`` elements stay as they are. So do arrays
     that are not shaped like their param, such as low-rank factors, unless ``codecs``
     names their field. Global shapes decide, so sharding does not change the numbers.
+    The state of complex params and of whole numbers is left as it is, too.
+
+    Params may have leaves that gradients lack, such as the functions of an Equinox
+    module. Where gradients are None or MaskedNode, the state does not change.
 
     With error feedback, what rounding adds to a momentum :math:`m` is taken off the
     update at once, with all that it will do to later ones:
@@ -104,9 +108,9 @@ def compress(
     Raises:
       ValueError: an unknown codec name; a key of ``codecs`` that fits no field or
         path; a field whose sign is not known; an ``inner`` that is compressed already;
-        a param that is not floating; gradients or a state of another structure, shape
-        or format than init made; a named implementation that does not fit. The message
-        names the leaf.
+        a leaf of the params that is no array or number; gradients or a state of another
+        structure, shape or format than init made; a named implementation that does not
+        fit. The message names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -130,7 +134,8 @@ def compress(
     run.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_floating(params, "compress")
+        _mirror.check_arrays(params, "compress")
+        params = _init.as_arrays(params)
         if _records.is_uncompressed():
             return inner.init(jax.tree.map(_init.like_float32, params))
         if _records.active():
@@ -156,9 +161,12 @@ def compress(
                 f"compress: the state is a {type(state).__name__}, not a "
                 "CompressState. Pass what this transformation's init returned."
             )
+        updates = _init.as_arrays(updates)
+        params = _init.as_arrays(_mirror.narrowed(params, updates))
         if params is not None:
             shapes = _mirror.without_examples(updates, params)
             _mirror.check_shapes(shapes, params, "compress: the gradient")
+        state, widen = _mirror.narrow(state, updates)
         paths = _mirror.leaf_paths(updates)
 
         def step(
@@ -167,7 +175,8 @@ def compress(
             state: PyTree,
             params: optax.Params | None,
         ) -> tuple[optax.Updates, PyTree]:
-            inner_state, bundles = _decode(rules, state, updates, paths)
+            shapes = _shapes(updates, params)
+            inner_state, bundles = _decode(rules, state, updates, paths, shapes)
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
                 try:
@@ -191,11 +200,12 @@ def compress(
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
             new_updates = _corrected(new_updates, feedback.gains(stored), momenta)
-            return jax.tree.map(_like, new_updates, updates), new_state
+            return jax.tree.map(_init.like_grad, new_updates, updates), new_state
 
-        return run.run(
+        new_updates, new_state = run.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
+        return new_updates, widen(new_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -252,8 +262,7 @@ def decode_state(rules: Rules, state: CompressState, params: PyTree) -> PyTree:
       ValueError: the state is not of these rules or params.
     """
     parts, join = _checked_parts(rules, state, params)
-    paths = _mirror.leaf_paths(params)
-    shapes = [p.shape for p in jax.tree.leaves(params)]
+    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
     for field in rules.fields(parts):
         entries = list(parts[field.part].entries)
         scales = _mirror.entries(state.scales[field.key], params)
@@ -295,8 +304,7 @@ def in_codes(rules: Rules, state: CompressState, params: PyTree) -> Iterator[InC
       ValueError: the state is not of these rules or params.
     """
     parts, _ = _checked_parts(rules, state, params)
-    paths = _mirror.leaf_paths(params)
-    shapes = [p.shape for p in jax.tree.leaves(params)]
+    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
     for field in rules.fields(parts):
         scales = _mirror.entries(state.scales[field.key], params)
         rows = zip(paths, shapes, parts[field.part].entries, scales, strict=True)
@@ -332,8 +340,7 @@ def _codecs_at_init(
 ) -> list[list[Codec | None]]:
     """For each field, the codec of each param's entry; None leaves it as it is."""
     parts, _ = _mirror.split_state(inner_state, params)
-    paths = _mirror.leaf_paths(params)
-    shapes = [p.shape for p in jax.tree.leaves(params)]
+    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
     return [
         [
             rules.codec_at_init(field, path, shape, x)
@@ -489,8 +496,26 @@ def _rejoined(
     return join(_trees(parts))
 
 
+def _shapes(updates: PyTree, params: PyTree = None) -> list[tuple[int, ...] | None]:
+    """The shape of each leaf; None for one that is not real floating.
+
+    The state of such a leaf is not put in codes. Gradients of whole numbers may be
+    floating, so where there are params they must be, too.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    alike = structure == jax.tree.structure(params)
+    rows = zip(leaves, jax.tree.leaves(params) if alike else leaves, strict=True)
+    return [
+        x.shape if _mirror.is_real(x) and _mirror.is_real(p) else None for x, p in rows
+    ]
+
+
 def _decode(
-    rules: Rules, state: CompressState, updates: optax.Updates, paths: list[str]
+    rules: Rules,
+    state: CompressState,
+    updates: optax.Updates,
+    paths: list[str],
+    shapes: list[tuple[int, ...] | None],
 ) -> tuple[PyTree, list[_Bundle]]:
     """The state that ``inner`` knows; and what of it is stored in codes."""
     parts, join = _checked_parts(rules, state, updates)
@@ -498,7 +523,6 @@ def _decode(
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
-    shapes = [u.shape for u in jax.tree.leaves(updates)]
     stored = [
         [
             _stored(rules, field, path, shape, x, scale)
@@ -541,13 +565,18 @@ class _Stored(NamedTuple):
 
 
 def _stored(
-    rules: Rules, field: Field, path: str, shape: tuple[int, ...], x: Any, scale: Any
+    rules: Rules,
+    field: Field,
+    path: str,
+    shape: tuple[int, ...] | None,
+    x: Any,
+    scale: Any,
 ) -> _Stored | None:
     """How the state holds an entry of a param of ``shape``, checked against the rules.
 
     None where it holds the array itself, or nothing.
     """
-    if not hasattr(x, "dtype"):
+    if not hasattr(x, "dtype") or shape is None:
         return None
     codec = rules.codec(field, path)
     if x.dtype != jnp.uint8:
@@ -611,7 +640,7 @@ def _bundles(
     stored: list[list[_Stored | None]],
     fields: list[Field],
     paths: list[str],
-    shapes: list[tuple[int, ...]],
+    shapes: list[tuple[int, ...] | None],
 ) -> list[_Bundle]:
     """All entries in codes: a param's, if shaped like it, together; others alone."""
     bundles = []
@@ -642,12 +671,6 @@ def _decode_array(
 
 def _trees(parts: list[Any]) -> list[Any]:
     return [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
-
-
-def _like(update: Any, grad: jax.Array) -> Any:
-    """An update in its gradient's dtype."""
-    same = getattr(update, "dtype", None) == grad.dtype
-    return update if same else jax.lax.convert_element_type(update, grad.dtype)
 
 
 def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 
 _ADVICE = (
     "nothing but optax.apply_updates may follow master_weights(finished=True): make it "
@@ -42,10 +43,11 @@ class FinishedParam(metaclass=_Explained):
 
     def __radd__(self, old: jax.Array) -> jax.Array:
         new = self._param
-        if old.shape != new.shape or old.dtype != new.dtype:
+        shape, dtype = jnp.shape(old), jnp.result_type(old)
+        if shape != new.shape or dtype != new.dtype:
             raise TypeError(
                 f"The finished param {self._name!r} is {new.dtype}{list(new.shape)}, "
-                f"but is applied to {old.dtype}{list(old.shape)}. Apply the updates to "
+                f"but is applied to {dtype}{list(shape)}. Apply the updates to "
                 "the params that update saw."
             )
         return new

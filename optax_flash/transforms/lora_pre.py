@@ -97,8 +97,8 @@ def scale_by_lora_pre(
       updates have the dtype of the gradients.
 
     Raises:
-      ValueError: a rank that is neither, an unknown bias correction, a param that is
-        not floating, gradients of another structure than init saw.
+      ValueError: a rank that is neither, an unknown bias correction, a leaf that is no
+        array or number, gradients of another structure than init saw.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash
@@ -122,7 +122,8 @@ def scale_by_lora_pre(
     adam: Any = optax.scale_by_adam(b1, b2, eps, eps_root)
 
     def init(params: optax.Params) -> ScaleByLoraPreState:
-        _mirror.check_floating(params, "scale_by_lora_pre")
+        _mirror.check_arrays(params, "scale_by_lora_pre")
+        params = _init.as_arrays(params)
         factored = factored_leaves(params, rank, where)
         dense: Any = adam.init(without(params, factored))
         mu_left, mu_right = init_factor_trees(params, factored, rank, "mu")
@@ -138,6 +139,7 @@ def scale_by_lora_pre(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
+        updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre: the gradients"
         )
@@ -160,7 +162,7 @@ def scale_by_lora_pre(
                 )
                 for column, factor in zip(columns, factors, strict=True):
                     column[i] = factor
-        results = [u.astype(g.dtype) for u, g in zip(results, grads, strict=True)]
+        results = [_init.like_grad(u, g) for u, g in zip(results, grads, strict=True)]
         return treedef.unflatten(results), ScaleByLoraPreState(
             dense.count, dense.mu, dense.nu, *map(treedef.unflatten, columns)
         )
@@ -207,6 +209,7 @@ def factored_leaves(params: PyTree, rank: Rank, where: Where) -> list[bool]:
     """For each leaf, whether it is held as factors."""
     return [
         p.ndim >= 2
+        and _mirror.is_real(p)
         and min(p.shape[-2:]) > _factors.rank_of(p.shape, rank)
         and (where is None or bool(where(path)))
         for path, p in zip(

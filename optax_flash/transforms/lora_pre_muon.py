@@ -124,6 +124,7 @@ def scale_by_lora_pre_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del params, extra_args
+        updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre_muon: the gradients"
         )

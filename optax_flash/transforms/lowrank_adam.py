@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 
-from optax_flash.transforms import _factors, _mirror, _subspace
+from optax_flash.transforms import _factors, _init, _mirror, _subspace
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -155,19 +155,20 @@ def scale_by_lowrank_adam(
         )
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_floating(params, "lowrank_adam")
+        _mirror.check_arrays(params, "lowrank_adam")
+        params = _init.as_arrays(params)
         rows = []
         for path, p in zip(
             _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
         ):
             row: dict[str, Any] = dict.fromkeys(FIELDS, optax.MaskedNode())
-            if is_factored(path, p.shape):
+            if _mirror.is_real(p) and is_factored(path, p.shape):
                 for field in ("mu", "nu"):
                     row[f"{field}_left"], row[f"{field}_right"] = first_factors(
                         path, field, p
                     )
             else:
-                row["mu"] = jnp.zeros_like(p, dtype=jnp.float32)
+                row["mu"] = jnp.zeros_like(_init.in_float32(p))
                 row["nu"] = jnp.zeros_like(p, dtype=jnp.float32)
             rows.append(row)
         return _state(jnp.zeros([], jnp.int32), params, rows)
@@ -245,15 +246,16 @@ def scale_by_lowrank_adam(
             is_leaf=_is_absent,
         )
         _mirror.check_mirrors(whole, updates, "lowrank_adam: the gradients")
+        updates = _init.as_arrays(updates)
         count = optax.safe_increment(state.count)
 
         scalars = dict(count=count, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
         def step(path: str, g: jax.Array, row: dict[str, Any]) -> Any:
-            g32 = g.astype(jnp.float32)
+            g32 = _init.in_float32(g)
             if not _is_absent(row["mu"]):
                 mu = b1 * row["mu"] + (1 - b1) * g32
-                nu = b2 * row["nu"] + (1 - b2) * g32 * g32
+                nu = b2 * row["nu"] + ((1 - b2) * g32 * g32.conj()).real
                 u = _direction(mu, nu, **scalars)
                 row = row | {"mu": mu, "nu": nu}
             else:
@@ -262,7 +264,7 @@ def scale_by_lowrank_adam(
                     factored, [g32, *(row[field] for field in FACTORS)], scalars
                 )
                 row = row | dict(zip(FACTORS, factors, strict=True))
-            return u.astype(g.dtype), row
+            return _init.like_grad(u, g), row
 
         columns = [_mirror.entries(getattr(state, field), updates) for field in FIELDS]
         stepped = [

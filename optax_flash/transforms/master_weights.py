@@ -10,7 +10,7 @@ import optax
 
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _frozen, _init, _mirror, _records
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -22,7 +22,8 @@ class MasterWeightsState(NamedTuple):
     Attributes:
       step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
       residual: mirrors the params. # shape of the param, uint8 (24 bits) or uint16 (32)
-        for bfloat16 and float16 params; ``(*rows, 1)`` zeros for others
+        for bfloat16 and float16 params, MaskedNode for those that are frozen;
+        ``(*rows, 1)`` zeros for others
       inner_state: the wrapped transformation's state.
       digest: one number for each param, by which :func:`changed_params` knows them.
         # shape=(params,), dtype=uint32; None unless asked for
@@ -54,7 +55,15 @@ def master_weights(
       (p', r') = \mathrm{split}(w')
 
     The 24-bit weight is rounded stochastically, so steps far below its resolution are
-    not lost. float32 params are updated as always.
+    not lost. Params in other dtypes, 8-bit floats and whole numbers among them, get
+    what ``optax.apply_updates`` makes of them, computed in float32 at least.
+
+    A param that ``inner`` freezes with ``optax.set_to_zero`` (alone or under
+    ``optax.partition``, ``optax.masked`` or ``optax.freeze``) has no residual. ``init``
+    finds these params in the traced update, where theirs are constant zeros. A param
+    that is frozen in another way, for example multiplied by a mask, keeps a residual
+    that never changes. Where gradients are None or MaskedNode, params and their state
+    stay as they are.
 
     This must be the outermost transformation: the residual belongs to the very param
     that ``optax.apply_updates`` will produce. With additive updates in half precision
@@ -84,9 +93,9 @@ def master_weights(
       gradients' dtype.
 
     Raises:
-      ValueError: bits other than 24 and 32, an unknown codec, no params, a param that
-        is not floating, a tree or state that is not init's, a named implementation that
-        does not fit. The message names the leaf.
+      ValueError: bits other than 24 and 32, an unknown codec, no params, a leaf that is
+        no array or number, a tree or state that is not init's, a named implementation
+        that does not fit. The message names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -110,21 +119,32 @@ def master_weights(
     run.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_floating(params, "master_weights")
+        _mirror.check_arrays(params, "master_weights")
+        params = _init.as_arrays(params)
         if _records.is_uncompressed():
             return inner.init(jax.tree.map(_init.like_float32, params))
+        leaves = jax.tree.leaves(params)
+        frozen = [False] * len(leaves)
+        if any(map(weights.is_split, leaves)):
+            frozen = _frozen.frozen(inner, params)
         if _records.active():
-            _record(residual_codec, params)
-        return init_arrays(params)
+            _record(residual_codec, params, frozen)
 
-    @_init.compiled
-    def init_arrays(params: optax.Params) -> MasterWeightsState:
-        return MasterWeightsState(
-            step=jnp.zeros([], jnp.int32),
-            residual=jax.tree.map(lambda p: _zero_residual(residual_codec, p), params),
-            inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
-            digest=_digest(params) if track_params else None,
-        )
+        @_init.compiled
+        def init_arrays(params: optax.Params) -> MasterWeightsState:
+            leaves, structure = jax.tree.flatten(params)
+            rows = zip(leaves, frozen, strict=True)
+            residual = structure.unflatten(
+                [_zero_residual(residual_codec, *row) for row in rows]
+            )
+            return MasterWeightsState(
+                step=jnp.zeros([], jnp.int32),
+                residual=residual,
+                inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
+                digest=_digest(params, residual) if track_params else None,
+            )
+
+        return init_arrays(params)
 
     def update(
         updates: optax.Updates,
@@ -137,16 +157,20 @@ def master_weights(
                 "master_weights: update needs the params, the residual is a part of "
                 "them. Call update(grads, state, params)."
             )
+        updates = _init.as_arrays(updates)
+        params = _init.as_arrays(_mirror.narrowed(params, updates))
         _mirror.check_mirrors(params, updates, "master_weights: the gradients")
         _mirror.check_shapes(
             _mirror.without_examples(updates, params),
             params,
             "master_weights: the gradient",
         )
+        whole = state
+        state, widen = _mirror.narrow(state, updates)
         _check_state(residual_codec, state, params)
         emit_params = finished and not run.is_dry()
-        paths = _mirror.leaf_paths(params)
-        structure = jax.tree.structure(params)
+        paths = _mirror.leaf_paths(updates)
+        structure = jax.tree.structure(updates)
 
         def step_all(
             start: jax.Array,
@@ -157,7 +181,7 @@ def master_weights(
             inner_updates, inner_state = inner.update(
                 jax.tree.map(_init.like_float32, updates),
                 state.inner_state,
-                _join(params, state.residual),
+                jax.tree.map(_init.like_float32, _join(params, state.residual)),
                 **extra_args,
             )
             _mirror.check_shapes(inner_updates, params, "master_weights: the update")
@@ -166,18 +190,22 @@ def master_weights(
                 for row in zip(
                     paths,
                     structure.flatten_up_to(params),
-                    structure.flatten_up_to(state.residual),
+                    _mirror.entries(state.residual, updates),
                     structure.flatten_up_to(inner_updates),
                     structure.flatten_up_to(updates),
                     strict=True,
                 )
             ]
-            new_updates, produced, residual = zip(*stepped, strict=True)
-            return structure.unflatten(new_updates), MasterWeightsState(
+            new_updates, produced, residual = (
+                structure.unflatten([row[i] for row in stepped]) for i in range(3)
+            )
+            return new_updates, MasterWeightsState(
                 step=optax.safe_increment(state.step),
-                residual=structure.unflatten(residual),
+                residual=residual,
                 inner_state=inner_state,
-                digest=_digest(structure.unflatten(produced)) if track_params else None,
+                digest=_new_digest(state.digest, whole.residual, produced, residual)
+                if track_params
+                else None,
             )
 
         new_updates, new_state = run.run(
@@ -189,6 +217,7 @@ def master_weights(
             names=paths,
             in_place_of="params" if emit_params else "updates",
         )
+        new_state = widen(new_state)
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
             new_updates = structure.unflatten(
@@ -222,7 +251,8 @@ def cast_params(
     dtype = np.dtype(dtype)
 
     def cast(path: str, p: jax.Array) -> jax.Array:
-        stays = dtype not in weights.SPLIT_DTYPES or p.dtype != jnp.float32
+        is_float32 = getattr(p, "dtype", None) == jnp.float32
+        stays = dtype not in weights.SPLIT_DTYPES or not is_float32
         if stays or (keep_float32 and keep_float32(path, p)):
             return p
         return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
@@ -283,9 +313,19 @@ def set_master_params(
     """
     old = _find_state(state)
     _check_state(None, old, params)
-    residual = jax.tree.map(_residual_leaf, new_weights, params, old.residual)
-    digest = None if old.digest is None else _digest(params)
-    new = old._replace(residual=residual, digest=digest)
+    known, widen = _mirror.narrow(old, params)
+    structure = jax.tree.structure(params)
+    rows = zip(
+        structure.flatten_up_to(new_weights),
+        jax.tree.leaves(params),
+        _mirror.entries(known.residual, params),
+        strict=True,
+    )
+    residual = structure.unflatten([_residual_leaf(*row) for row in rows])
+    digest = old.digest
+    if digest is not None:
+        digest = _new_digest(digest, old.residual, params, residual)
+    new = widen(known._replace(residual=residual, digest=digest))
     return jax.tree.map(
         lambda node: new if node is old else node,
         state,
@@ -314,19 +354,28 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
             "master_weights(..., track_params=True)."
         )
     _check_state(None, found, params)
-    changed = np.asarray(_digest(params) != found.digest)
-    paths = _mirror.leaf_paths(params)
-    return [path for path, differs in zip(paths, changed, strict=True) if differs]
+    known = _mirror.present(found.residual, params)
+    digest = np.asarray(found.digest)[np.flatnonzero(known)]
+    tracked = _tracked(params, found.residual)
+    changed = np.asarray(_digest(params, found.residual)) != digest
+    return [
+        path for (path, _), differs in zip(tracked, changed, strict=True) if differs
+    ]
 
 
 def _join(params: PyTree, residual: PyTree) -> PyTree:
     """The float32 weights of all params."""
-    return jax.tree.map(_join_leaf, params, residual)
+    leaves, structure = jax.tree.flatten(params)
+    entries = _mirror.entries(_mirror.narrowed(residual, params), params)
+    rows = zip(leaves, entries, strict=True)
+    return structure.unflatten([_join_leaf(*row) for row in rows])
 
 
-def _join_leaf(param: jax.Array, residual: jax.Array) -> jax.Array:
+def _join_leaf(param: Any, residual: Any) -> Any:
     if not weights.is_split(param):
         return param
+    if not hasattr(residual, "dtype"):
+        return _init.like_float32(param)
     (weight,) = ops.Elementwise(_join_arrays, None)(param, residual)
     return weight
 
@@ -338,12 +387,16 @@ def _join_arrays(
     return (weights.codec_of(residual).join(param, residual),)
 
 
+def _residual_leaf(weight: Any, param: Any, residual: Any) -> Any:
+    if not weights.is_split(param) or not hasattr(residual, "dtype"):
+        return residual
+    return _residual_array(weight, param, residual)
+
+
 @jax.jit
-def _residual_leaf(
+def _residual_array(
     weight: jax.Array, param: jax.Array, residual: jax.Array
 ) -> jax.Array:
-    if not weights.is_split(param):
-        return residual
     weight = weight.astype(jnp.float32)
     return weights.codec_of(residual).residual(weight, param)
 
@@ -360,17 +413,20 @@ def _step_leaf(
     finished: bool,
     start: jax.Array,
     path: str,
-    param: jax.Array,
-    residual: jax.Array,
-    update: jax.Array,
-    grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    param: Any,
+    residual: Any,
+    update: Any,
+    grad: Any,
+) -> tuple[Any, Any, Any]:
     """One param's step.
 
     Args:
       codec: the residual's.
       finished: whether to return the new param in the place of the update.
       start: what rounding depends on, beside the path and the place in the leaf.
+      param: may be None, as for ``optax.apply_updates``, which leaves it so.
+      residual: None or MaskedNode where the param is frozen. It then is updated as
+        params in float32 are.
       update: what the wrapped transformation adds to the weight. # float32
       grad: tells the dtype of an additive update.
 
@@ -378,10 +434,10 @@ def _step_leaf(
       ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
       make of the update.
     """
-    if not weights.is_split(param):
-        if not finished:
+    if not weights.is_split(param) or not hasattr(residual, "dtype"):
+        if not finished and jnp.issubdtype(grad.dtype, jnp.inexact):
             (update,) = ops.Elementwise(_as_dtype, grad.dtype)(update)
-        new = (param + update).astype(param.dtype)
+        new = _applied(param, update)
         return new if finished else update, new, residual
     salt = hashing.salt(path)
     if finished:
@@ -391,6 +447,15 @@ def _step_leaf(
     step = ops.Round(_add, (codec, grad.dtype), param.shape)
     update, new, residual = step(start, salt, param, residual, update)
     return update, new, residual
+
+
+def _applied(param: Any, update: Any) -> Any:
+    """What ``optax.apply_updates`` makes of a param, computed in float32 at least."""
+    # Gradients of whole numbers have no values, and neither do their updates.
+    if param is None or update.dtype == jax.dtypes.float0:
+        return param
+    new = _init.like_float32(param) + _init.like_float32(update)
+    return new.astype(param.dtype)
 
 
 def _finish(
@@ -438,21 +503,51 @@ def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return weights.round_to(x, dtype).astype(x.dtype)
 
 
-def _zero_residual(codec: weights.ResidualCodec, param: jax.Array) -> jax.Array:
+def _zero_residual(codec: weights.ResidualCodec, param: jax.Array, frozen: bool) -> Any:
     if weights.is_split(param):
+        if frozen:
+            return optax.MaskedNode()
         return jnp.zeros_like(param, dtype=codec.dtype)
     return _init.stub(param, codec.dtype)
 
 
-def _digest(params: optax.Params) -> jax.Array:
-    """A number for each param that depends on all its bits and their places."""
+def _tracked(params: PyTree, residual: PyTree) -> list[tuple[str, Any]]:
+    """Paths and values of the params that have an entry in the state's residuals."""
+    entries = _mirror.entries(_mirror.narrowed(residual, params), params)
+    rows = zip(
+        _mirror.leaf_paths(params), jax.tree.leaves(params), entries, strict=True
+    )
+    return [(path, p) for path, p, r in rows if hasattr(r, "dtype")]
+
+
+def _new_digest(
+    old: jax.Array, residual: PyTree, params: PyTree, new_residual: PyTree
+) -> jax.Array:
+    """The digest of a state, of which some params have changed.
+
+    Args:
+      old: the state's digest.
+      residual: its residuals.
+      params: may lack some of those that the state is of.
+      new_residual: may lack the same.
+    """
+    new = _digest(params, new_residual)
+    changed = _mirror.present(residual, new_residual)
+    return new if all(changed) else old.at[np.flatnonzero(changed)].set(new)
+
+
+def _digest(params: optax.Params, residual: PyTree) -> jax.Array:
+    """A number for each param that depends on all its bits and their places.
+
+    Frozen params, which have no residual, have none here.
+    """
 
     def digest(p: jax.Array) -> jax.Array:
         if isinstance(p, jax.ShapeDtypeStruct):
             return jnp.zeros([], jnp.uint32)
         return hashing.digest(p)
 
-    leaves = [digest(p) for p in jax.tree.leaves(params)]
+    leaves = [digest(p) for _, p in _tracked(params, residual)]
     return jnp.stack(leaves) if leaves else jnp.zeros([0], jnp.uint32)
 
 
@@ -478,15 +573,16 @@ def _check_state(
             f"master_weights: the state is a {type(state).__name__}, not a "
             "MasterWeightsState. Pass what this transformation's init returned."
         )
-    _mirror.check_mirrors(state.residual, params, "master_weights: the params")
+    residual = _mirror.narrowed(state.residual, params)
+    _mirror.check_mirrors(residual, params, "master_weights: the params")
     triples = zip(
         _mirror.leaf_paths(params),
         jax.tree.leaves(params),
-        jax.tree.leaves(state.residual),
+        _mirror.entries(residual, params),
         strict=True,
     )
     for path, p, r in triples:
-        if not weights.is_split(p):
+        if not weights.is_split(p) or not hasattr(r, "dtype"):
             continue
         if r.shape != p.shape:
             raise ValueError(
@@ -504,12 +600,12 @@ def _check_state(
             )
 
 
-def _record(codec: weights.ResidualCodec, params: PyTree) -> None:
+def _record(codec: weights.ResidualCodec, params: PyTree, frozen: list[bool]) -> None:
     """Notes how each param is split, for reports and checkpoint formats."""
-    for path, p in zip(
-        _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
+    for path, p, is_frozen in zip(
+        _mirror.leaf_paths(params), jax.tree.leaves(params), frozen, strict=True
     ):
-        if weights.is_split(p):
+        if weights.is_split(p) and not is_frozen:
             _records.add(
                 _records.Record(
                     path=path,

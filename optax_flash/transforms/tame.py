@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -97,10 +97,11 @@ def tame(
         )
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_floating(params, "tame")
+        _mirror.check_arrays(params, "tame")
+        params = _init.as_arrays(params)
         return TameState(
             count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=jnp.float32),
+            mu=jax.tree.map(jnp.zeros_like, jax.tree.map(_init.in_float32, params)),
             nu=optax.tree.zeros_like(params, dtype=jnp.float32),
             clipped=jnp.zeros([], jnp.float32),
         )
@@ -114,7 +115,8 @@ def tame(
         del params, extra_args
         _mirror.check_mirrors(state.mu, updates, "tame: the gradients")
         count = optax.safe_increment(state.count)
-        grads = optax.tree.cast(updates, jnp.float32)
+        updates = _init.as_arrays(updates)
+        grads = jax.tree.map(_init.in_float32, updates)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
         nu_hat = optax.tree.bias_correction(nu, b2, count)
         bounds = jax.tree.map(
@@ -135,7 +137,7 @@ def tame(
         else:
             mu_hat = optax.tree.bias_correction(mu, b1, count)
         new_updates = jax.tree.map(
-            lambda m, v, g: (m / (jnp.sqrt(v + eps_root) + eps)).astype(g.dtype),
+            lambda m, v, g: _init.like_grad(m / (jnp.sqrt(v + eps_root) + eps), g),
             *(mu_hat, nu_hat, updates),
         )
         return new_updates, TameState(count, mu, nu, _total(beyond))
