@@ -21,9 +21,9 @@ from optax_flash.transforms.master_weights import (
 class TrainState(train_state.TrainState):
     """``flax.training.train_state.TrainState`` with params in half precision.
 
-    ``create`` casts the params, wraps ``tx`` in :func:`optax_flash.master_weights` with
-    finished params, and keeps the lower bits of the weights that it is given. All else
-    is Flax's own: ``apply_gradients``, ``replace``, further fields in subclasses.
+    ``create`` casts the params, wraps ``tx`` in :func:`optax_flash.master_weights`, and
+    keeps the lower bits of the weights that it is given. All else is Flax's own:
+    ``apply_gradients``, ``replace``, further fields in subclasses.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, optax_flash

@@ -39,7 +39,7 @@ def master_weights(
     bits: int = 24,
     *,
     codec: str = "exact",
-    finished: bool = False,
+    finished: bool = True,
     track_params: bool = False,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,10 +57,20 @@ def master_weights(
     not lost. float32 params are updated as always.
 
     This must be the outermost transformation: the residual belongs to the very param
-    that ``optax.apply_updates`` will produce. With additive updates in half precision
-    that param can miss ``w'`` (when it shrinks by more than half in one step); the
-    residual then makes up what it can, half a unit in the last place. Finished params
-    never miss.
+    that ``optax.apply_updates`` will produce. So updates are *finished params* by
+    default, :class:`FinishedParam` leaves from which ``optax.apply_updates`` takes the
+    new param. Anything else that is done with them raises while it is traced, and says
+    what to do: a transformation chained behind, a wrapper that computes with updates,
+    ``lax.cond`` and ``lax.scan``, updates returned from a jitted function.
+
+    Additive updates (``finished=False``) are arrays. Take them where code reads,
+    selects or returns updates without changing them: ``optax.apply_if_finite`` or
+    ``optax.MultiSteps`` around this transformation, statistics of updates, an update
+    and its application in two jitted functions. Nothing checks what is done with them:
+    scaled or clipped afterwards, they leave residuals that belong to other params, and
+    training goes wrong in silence. In half precision the param can miss ``w'`` (when it
+    shrinks by more than half in one step); the residual then makes up what it can, half
+    a unit in the last place. Finished params never miss.
 
     If params are changed from outside between two steps, the new values count, plus
     the old residual: an error of at most half a unit in the last place of the param.
@@ -72,9 +82,7 @@ def master_weights(
       bits: 24 for an 8-bit residual, 32 for a 16-bit one, with which bfloat16 params
         lose nothing of a float32 weight.
       codec: ``"exact"`` or ``"flashoptim"``, the published format.
-      finished: emit :class:`FinishedParam` leaves instead of additive updates. Stock
-        ``optax.apply_updates`` takes them, and no rounding of an update comes between.
-        They cannot leave a jitted function or pass through ``lax.cond``.
+      finished: False for additive updates instead of finished params.
       track_params: keep a digest of the params for :func:`changed_params`. Costs a
         reduction over the params each step, and a collective where they are sharded.
       implementation: as in :func:`compress`.
@@ -84,6 +92,7 @@ def master_weights(
       gradients' dtype.
 
     Raises:
+      TypeError: finished params are used by anything except ``optax.apply_updates``.
       ValueError: bits other than 24 and 32, an unknown codec, no params, a param that
         is not floating, a tree or state that is not init's, a named implementation that
         does not fit. The message names the leaf.
@@ -185,8 +194,9 @@ def master_weights(
         )
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
+            old = structure.flatten_up_to(params)
             new_updates = structure.unflatten(
-                [FinishedParam(*x) for x in zip(leaves, paths, strict=True)]
+                [FinishedParam(*x) for x in zip(leaves, paths, old, strict=True)]
             )
         return new_updates, new_state
 
