@@ -91,7 +91,7 @@ class TestAdditiveUpdates:
         step = (step * weights).astype(grad_dtype)
         tx = master_weights(optax.scale(1.0), bits=32, finished=False)
         updates, state = jax.jit(tx.update)(step, tx.init(params), params)
-        assert updates.dtype == grad_dtype
+        assert updates.dtype == jnp.promote_types(dtype, grad_dtype)
         applied = jax.jit(optax.apply_updates)(params, updates)
         wanted = np.asarray(params, np.float64) + np.asarray(step, np.float64)
         got = np.asarray(master_params(applied, state), np.float64)

@@ -12,7 +12,7 @@ import optax
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import _feedback, _init, _mirror, _records
+from optax_flash.transforms import _dtypes, _feedback, _init, _mirror, _records
 from optax_flash.transforms._rules import Codecs, Field, Rules, coded_shape
 
 PyTree = Any
@@ -88,8 +88,8 @@ def compress(
         raises; None takes the best that fits, see :func:`optax_flash.explain`.
 
     Returns:
-      A transformation with a :class:`CompressState`. Updates have the dtype of the
-      gradients.
+      A transformation with a :class:`CompressState`. Updates have the wider dtype of
+      the gradient's and the param's, or the gradient's where ``update`` gets no params.
 
     Raises:
       ValueError: an unknown codec name or a field that the state does not have; a
@@ -155,12 +155,13 @@ def compress(
             inner_state, bundles = _decode(rules, state, updates, paths)
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
-                return inner.update(
+                new_updates, new_state = inner.update(
                     jax.tree.map(_init.like_float32, updates),
                     inner_state,
                     jax.tree.map(_init.like_float32, params),
                     **extra_args,
                 )
+                return new_updates, _dtypes.kept(new_state, inner_state)
 
             momenta = _momenta(bundles, error_feedback)
             new_updates, inner_state, gains = _feedback.with_gains(
@@ -170,7 +171,7 @@ def compress(
                 rules, bundles, gains, inner_state, updates, start, state
             )
             new_updates = _corrected(new_updates, corrections)
-            return jax.tree.map(_like, new_updates, updates), new_state
+            return _dtypes.cast_updates(new_updates, updates, params), new_state
 
         return run.run(
             step, updates, state, params, implementation=implementation, names=paths
@@ -492,12 +493,6 @@ def _decode_array(
 
 def _trees(parts: list[Any]) -> list[Any]:
     return [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
-
-
-def _like(update: Any, grad: jax.Array) -> Any:
-    """An update in its gradient's dtype."""
-    same = getattr(update, "dtype", None) == grad.dtype
-    return update if same else jax.lax.convert_element_type(update, grad.dtype)
 
 
 def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -> None:

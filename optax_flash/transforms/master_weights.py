@@ -10,7 +10,7 @@ import optax
 
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _dtypes, _init, _mirror, _records
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -89,7 +89,7 @@ def master_weights(
 
     Returns:
       A transformation with a :class:`MasterWeightsState`. Additive updates have the
-      gradients' dtype.
+      wider dtype of the gradient's and the param's.
 
     Raises:
       TypeError: finished params are used by anything except ``optax.apply_updates``.
@@ -164,6 +164,7 @@ def master_weights(
                 _join(params, state.residual),
                 **extra_args,
             )
+            inner_state = _dtypes.kept(inner_state, state.inner_state)
             stepped = [
                 _step_leaf(residual_codec, emit_params, start, *row)
                 for row in zip(
@@ -376,15 +377,16 @@ def _step_leaf(
       finished: whether to return the new param in the place of the update.
       start: what rounding depends on, beside the path and the place in the leaf.
       update: what the wrapped transformation adds to the weight. # float32
-      grad: tells the dtype of an additive update.
+      grad: tells the dtype of an additive update, with the param.
 
     Returns:
       ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
       make of the update.
     """
+    dtype = _dtypes.wider(grad, param)
     if not weights.is_split(param):
         if not finished:
-            (update,) = ops.Elementwise(_as_dtype, grad.dtype)(update)
+            (update,) = ops.Elementwise(_as_dtype, dtype)(update)
         new = (param + update).astype(param.dtype)
         return new if finished else update, new, residual
     salt = hashing.salt(path)
@@ -392,7 +394,7 @@ def _step_leaf(
         step = ops.Round(_finish, codec, param.shape)
         new, residual = step(start, salt, param, residual, update)
         return new, new, residual
-    step = ops.Round(_add, (codec, grad.dtype), param.shape)
+    step = ops.Round(_add, (codec, dtype), param.shape)
     update, new, residual = step(start, salt, param, residual, update)
     return update, new, residual
 
