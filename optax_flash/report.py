@@ -12,7 +12,7 @@ from jax import lax
 
 from optax_flash.fusion import run
 from optax_flash.numerics import groups, weights
-from optax_flash.transforms import _mirror, _records
+from optax_flash.transforms import _arguments, _mirror, _records
 from optax_flash.transforms.compress import CompressState, InCodes, in_codes
 from optax_flash.transforms.master_weights import MasterWeightsState
 
@@ -140,6 +140,10 @@ def numerics_report(
       >>> report._asdict()["noisy"]["w"]
       Array(1., dtype=float32)
     """
+    call = "numerics_report(tx, state, params, grads)"
+    _arguments.check_transformation(tx, (state, params, grads), call)
+    for other in (params, grads):
+        _arguments.check_order(state, other, call)
     _mirror.check_mirrors(params, grads, "numerics_report: the gradients")
     stored = list(_in_codes(tx, state, params))
     paths, leaves = _mirror.leaf_paths(params), jax.tree.leaves(params)

@@ -375,3 +375,89 @@ def test_changed_params_without_a_digest():
     state = master_weights(optax.sgd(0.1)).init(PARAMS)
     with pytest.raises(ValueError, match="track_params=True"):
         optax_flash.changed_params(PARAMS, state)
+
+
+def swapped_calls(folder):
+    """Each with what the error says to call."""
+    float32 = {"w": jnp.ones((64, 64))}
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    tx, stock = master_weights(optax_flash.adamw8(1e-3)), optax.adam(1e-3)
+    state, stock_state = tx.init(params), stock.init(float32)
+    of, path = optax_flash, folder / "weights"
+    with of.Checkpoints(folder, tx, params) as checkpoints:
+        yield "master_params(params, state)", lambda: of.master_params(state, params)
+        yield "changed_params(params, state)", lambda: of.changed_params(state, params)
+        call = "set_master_params(state, params, new_weights)"
+        yield call, lambda: of.set_master_params(params, state, float32)
+        yield call, lambda: of.set_master_params(params, float32, state)
+        yield call, lambda: of.set_master_params(state, float32, params)
+        yield "cast_params(params, dtype)", lambda: of.cast_params("bfloat16", params)
+        yield "cast_params(params, dtype)", lambda: of.cast_params(jnp.float16, params)
+        call = "numerics_report(tx, state, params, grads)"
+        yield call, lambda: of.numerics_report(tx, params, state, params)
+        yield call, lambda: of.numerics_report(tx, params, params, state)
+        yield call, lambda: of.numerics_report(state, tx, params, params)
+        yield "memory_report(tx, params)", lambda: of.memory_report(params, tx)
+        yield "explain(tx, params)", lambda: of.explain(params, tx)
+        call = "to_optax_state(tx, state, params)"
+        yield call, lambda: of.to_optax_state(tx, params, state)
+        yield call, lambda: of.to_optax_state(params, state, tx)
+        call = "from_optax_state(tx, optax_state, weights, like)"
+        yield call, lambda: of.from_optax_state(tx, float32, stock_state)
+        yield call, lambda: of.from_optax_state(stock_state, tx, float32)
+        yield "state_format(tx, params)", lambda: of.state_format(params, tx)
+        call = "check_format(saved, tx, params)"
+        yield call, lambda: of.check_format(tx, {"version": 1}, params)
+        call = "state_sharding(tx, params, param_sharding)"
+        yield call, lambda: of.state_sharding(params, tx)
+        call = "save_safetensors(path, params, state)"
+        yield call, lambda: of.save_safetensors(path, state, params)
+        yield call, lambda: of.save_safetensors(path, state)
+        yield call, lambda: of.save_safetensors(params, path)
+        call = "load_safetensors(path, params)"
+        yield call, lambda: of.load_safetensors(params, path)
+        call = "Checkpoints(folder, tx, params)"
+        yield call, lambda: of.Checkpoints(folder, params, tx)
+        yield call, lambda: of.Checkpoints(tx, params, folder)
+        yield "save(step, tree)", lambda: checkpoints.save((params, state), 1)
+        yield "restore(target, step)", lambda: checkpoints.restore(1, (params, state))
+
+
+def test_swapped_arguments(tmp_path):
+    for call, swapped in swapped_calls(tmp_path):
+        with pytest.raises(TypeError) as raised:
+            swapped()
+            pytest.fail(f"{call} takes swapped arguments")
+        assert f"all {call}." in str(raised.value), (call, raised.value)
+
+
+def test_what_is_no_transformation():
+    with pytest.raises(TypeError, match=r"type float, not .*memory_report\(tx, params"):
+        optax_flash.memory_report(1e-3, PARAMS)
+
+
+def test_platforms(monkeypatch):
+    """What ``jax.default_backend()`` says, and what compilers say."""
+
+    def runs_in(platform):
+        explanation = optax_flash.explain(tx, params, platform=platform)
+        (path,) = explanation.paths
+        return explanation.platform, path.implementation
+
+    tx, params = optax_flash.adamw8(1e-3), {"w": jnp.ones((512, 512))}
+    assert runs_in("gpu") == runs_in("cuda") == ("cuda", "pallas")
+    assert runs_in("tpu") == ("tpu", "pallas")
+    assert runs_in("rocm") == ("rocm", "xla")
+    assert runs_in("cpu") == ("cpu", "xla")
+    for unknown in ("nvidia", "GPU", "", "metal"):
+        with pytest.raises(ValueError, match="cpu, cuda, rocm, tpu, and gpu"):
+            runs_in(unknown)
+    for version, name in (("PJRT C API\ncuda 12090", "cuda"), ("rocm 60300", "rocm")):
+
+        class Device:
+            client = type("Client", (), {"platform_version": version})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            patch.setattr(jax, "devices", lambda: [Device])
+            assert runs_in(None)[0] == name

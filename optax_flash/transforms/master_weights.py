@@ -10,7 +10,7 @@ import optax
 
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _dtypes, _init, _mirror, _records
+from optax_flash.transforms import _arguments, _dtypes, _init, _mirror, _records
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -224,6 +224,11 @@ def cast_params(
       >>> optax_flash.cast_params({"w": jnp.float32([1.001])}, jnp.bfloat16)
       {'w': Array([1], dtype=bfloat16)}
     """
+    if isinstance(params, type | np.dtype | str):
+        raise TypeError(
+            f"The arguments are swapped: params is the dtype {params!r}. Call "
+            "cast_params(params, dtype)."
+        )
     dtype = np.dtype(dtype)
 
     def cast(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
@@ -256,6 +261,7 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       >>> optax_flash.master_params(params, state)
       {'w': Array([1., 1.], dtype=float32)}
     """
+    _arguments.check_order(state, params, "master_params(params, state)")
     found = _find_state(state)
     _check_state(None, found, params)
     return _join(params, found.residual)
@@ -286,6 +292,14 @@ def set_master_params(
       >>> optax_flash.master_params(params, state)
       {'w': Array([1.001], dtype=float32)}
     """
+    call = "set_master_params(state, params, new_weights)"
+    for other in (params, new_weights):
+        _arguments.check_order(state, other, call)
+    if _any_split(new_weights) and not _any_split(params):
+        raise TypeError(
+            "The arguments are swapped: params are float32, and new_weights are in "
+            f"half precision. Call {call}."
+        )
     old = _find_state(state)
     _check_state(None, old, params)
     residual = jax.tree.map(_residual_leaf, new_weights, params, old.residual)
@@ -312,6 +326,7 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
       >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
       ['b']
     """
+    _arguments.check_order(state, params, "changed_params(params, state)")
     found = _find_state(state)
     if found.digest is None:
         raise ValueError(
@@ -322,6 +337,12 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
     changed = np.asarray(_digest(params) != found.digest)
     paths = _mirror.leaf_paths(params)
     return [path for path, differs in zip(paths, changed, strict=True) if differs]
+
+
+def _any_split(params: PyTree) -> bool:
+    return any(
+        hasattr(p, "dtype") and weights.is_split(p) for p in jax.tree.leaves(params)
+    )
 
 
 def _join(params: PyTree, residual: PyTree) -> PyTree:
