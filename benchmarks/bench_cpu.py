@@ -56,7 +56,7 @@ def entrants() -> list[Entrant]:
     finished = transformation(
         "adamw8, finished",
         lambda: optax_flash.master_weights(
-            optax_flash.adamw8(LEARNING_RATE, **settings), finished=True
+            optax_flash.adamw8(LEARNING_RATE, **settings)
         ),
         weights="float32",
         dtype=jnp.float32,
@@ -64,7 +64,7 @@ def entrants() -> list[Entrant]:
     split = transformation(
         "master_weights(adamw8)",
         lambda: optax_flash.master_weights(
-            optax_flash.adamw8(LEARNING_RATE, **settings), finished=True
+            optax_flash.adamw8(LEARNING_RATE, **settings)
         ),
         weights="bfloat16 + 8 bits",
     )

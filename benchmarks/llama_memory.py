@@ -176,7 +176,7 @@ def compile_case(case: Case, model: plan.Model | None = None) -> dict[str, float
     tx = optax.adamw(1e-3)
     if case.bits:
         inner = optimizers.named(case.optimizer)
-        tx = optax_flash.master_weights(inner, case.bits, finished=True)
+        tx = optax_flash.master_weights(inner, case.bits)
     params = jax.tree.map(lambda x: x.update(dtype=dtype), model.params)
     params = shards.place(params, mesh)
     state = jax.tree.map(

@@ -108,9 +108,7 @@ MODEL = release.sequence(
 
 def optimizer() -> optax.GradientTransformation:
     """AdamW in 8 bits, weights in 24."""
-    return optax_flash.master_weights(
-        optax_flash.adamw8(3e-4, weight_decay=0.1), finished=True
-    )
+    return optax_flash.master_weights(optax_flash.adamw8(3e-4, weight_decay=0.1))
 
 
 def ordinary_step(model, tx):

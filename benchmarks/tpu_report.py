@@ -34,7 +34,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 
 def ours(alias, implementation):
     tx = alias(1e-3, implementation=implementation)
-    return optax_flash.master_weights(tx, finished=True), jnp.bfloat16
+    return optax_flash.master_weights(tx), jnp.bfloat16
 
 
 STEPS = {

@@ -23,7 +23,7 @@ CONTENDERS = {
     "optax.adamw": lambda: optax.adamw(1e-3),
     "adamw8": lambda: optax_flash.adamw8(1e-3),
     "master_weights(adamw8)": lambda: optax_flash.master_weights(
-        optax_flash.adamw8(1e-3)
+        optax_flash.adamw8(1e-3), finished=False
     ),
 }
 

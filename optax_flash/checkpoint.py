@@ -17,6 +17,7 @@ import optax
 
 from optax_flash import formats
 from optax_flash.numerics import hashing
+from optax_flash.transforms import _arguments
 
 PyTree = Any
 
@@ -69,6 +70,9 @@ class Checkpoints:
             written there is one more.
         """
         ocp = _orbax()
+        call = "Checkpoints(folder, tx, params)"
+        _arguments.check_path(folder, call)
+        _arguments.check_transformation(tx, (params,), call)
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}. Keep at least 1, or None for all.")
         self.folder = pathlib.Path(folder).absolute()
@@ -100,6 +104,7 @@ class Checkpoints:
             checkpoints are as they were, and a later save may succeed.
         """
         ocp = _orbax()
+        _arguments.check_step(step, "save(step, tree)")
         if self.latest is not None and step <= self.latest:
             raise ValueError(
                 f"Step {step} cannot be saved: {self.folder} holds a checkpoint of "
@@ -155,6 +160,8 @@ class Checkpoints:
             other formats, and the message names the first leaf; or it is damaged.
         """
         ocp = _orbax()
+        if step is not None:
+            _arguments.check_step(step, "restore(target, step)")
         step = self._find(step)
         folder = self.folder / str(step)
         try:

@@ -8,7 +8,7 @@ import optax
 
 from optax_flash import formats
 from optax_flash.numerics.weights import SPLIT_DTYPES
-from optax_flash.transforms import _init, _records
+from optax_flash.transforms import _arguments, _init, _records
 from optax_flash.transforms.compress import CompressState, decode_state, encode_state
 from optax_flash.transforms.master_weights import (
     MasterWeightsState,
@@ -50,6 +50,9 @@ def to_optax_state(
       >>> optax.tree.get(state, "mu")["w"].dtype
       dtype('float32')
     """
+    call = "to_optax_state(tx, state, params)"
+    _arguments.check_transformation(tx, (state, params), call)
+    _arguments.check_order(state, params, call)
     params = _init.as_arrays(params)
     described = _described(tx, params)
     _check_state(jax.eval_shape(lambda p: tx.init(p), params), state, "The state")
@@ -97,6 +100,9 @@ def from_optax_state(
       >>> params["w"].dtype, optax.tree.get(state, "mu")["w"].dtype
       (dtype(bfloat16), dtype('uint8'))
     """
+    call = "from_optax_state(tx, optax_state, weights, like)"
+    _arguments.check_transformation(tx, (optax_state, weights), call)
+    _arguments.check_order(optax_state, weights, call)
     params = weights = _init.as_arrays(weights)
     if like is not None:
         params = jax.tree.map(_like, weights, _init.as_arrays(like))

@@ -7,9 +7,9 @@ import jax
 import optax
 
 from optax_flash.fusion import run
-from optax_flash.fusion.choose import choose
+from optax_flash.fusion.choose import PLATFORMS, choose
 from optax_flash.fusion.split import Leaf
-from optax_flash.transforms import _init, _mirror
+from optax_flash.transforms import _arguments, _init, _mirror
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +76,16 @@ def explain(
     Args:
       tx: any transformation with :func:`compress` or :func:`master_weights` in it.
       params: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
-      platform: ``"cuda"``, ``"cpu"`` or ``"tpu"``; None for the one at hand.
+      platform: ``"cuda"`` or ``"gpu"``, ``"tpu"``, ``"cpu"``, ``"rocm"``; None for the
+        one at hand. There are no kernels for AMD's GPUs, ``"rocm"``: XLA runs all.
       **extra_args: what ``tx.update`` needs beside gradients and params.
 
     Returns:
       An :class:`Explanation`, which prints as a table.
+
+    Raises:
+      TypeError: the arguments are swapped.
+      ValueError: an unknown platform.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -92,8 +97,8 @@ def explain(
            1  bias    [512]       pallas   elementwise; 16 small leaves share a kernel
            1  kernel  [512, 512]  pallas   elementwise
     """
-    if platform is None:
-        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    _arguments.check_transformation(tx, (params,), "explain(tx, params)")
+    platform = _at_hand() if platform is None else _canonical(platform)
     params = _init.as_arrays(params)
     state = jax.eval_shape(tx.init, params)
     update = optax.with_extra_args_support(tx).update
@@ -121,6 +126,26 @@ def explain(
             for (shape, name, reason, _), names in groups.items()
         ),
     )
+
+
+def _at_hand() -> str:
+    """The default backend; JAX says "gpu" of AMD's GPUs too."""
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return platform
+    version = jax.devices()[0].client.platform_version
+    return "rocm" if "rocm" in version.lower() else "cuda"
+
+
+def _canonical(platform: str) -> str:
+    """A known platform's name; "gpu" is NVIDIA's."""
+    name = "cuda" if platform == "gpu" else platform
+    if name not in PLATFORMS:
+        raise ValueError(
+            f"Unknown platform {platform!r}. Known names: {', '.join(PLATFORMS)}, and "
+            "gpu for cuda."
+        )
+    return name
 
 
 def _kind(leaf: Leaf, implementation: str | None, platform: str) -> tuple[Any, ...]:

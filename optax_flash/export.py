@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from optax_flash import formats
-from optax_flash.transforms import _init
+from optax_flash.numerics.weights import is_split
+from optax_flash.transforms import _arguments, _init
 from optax_flash.transforms.master_weights import master_params
 
 
@@ -21,6 +22,7 @@ def save_safetensors(
     state: optax.OptState | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = jnp.float32,
+    without_state: bool = False,
     metadata: Mapping[str, str] | None = None,
     separator: str = ".",
 ) -> None:
@@ -33,15 +35,19 @@ def save_safetensors(
       path: of the file; one that is there is replaced.
       params: the params.
       state: holds their residuals, see :func:`master_params`; None where the params
-        are the weights.
+        are the weights, as float32 ones are.
       dtype: float32, bfloat16 or another for all floating weights, to which they are
         rounded to nearest; None leaves each in its own.
+      without_state: writes half-precision params in a dtype with more bits although
+        there is no state: for params that never had residuals.
       metadata: text to keep in the file's header.
       separator: between the parts of a name.
 
     Raises:
-      ValueError: two params have one name, or a param is not all on this process's
-        devices; or the params are not those of the state.
+      TypeError: the arguments are swapped.
+      ValueError: half-precision params would be written in a dtype with more bits, but
+        without the bits that a state has of them; two params have one name, or a param
+        is not all on this process's devices; or the params are not those of the state.
       OSError: it could not be written. A file that was there is as it was.
 
     Example:
@@ -57,7 +63,12 @@ def save_safetensors(
       https://huggingface.co/docs/safetensors
     """
     files = _safetensors()
+    call = "save_safetensors(path, params, state)"
+    _arguments.check_path(path, call)
+    _arguments.check_order(state, params, call)
     weights = params if state is None else master_params(params, state)
+    if state is None and not without_state:
+        _check_whole(params, dtype)
     arrays = {
         name: _to_host(name, w, dtype) for name, w in _named(weights, separator).items()
     }
@@ -92,6 +103,7 @@ def load_safetensors(
         first.
     """
     files = _safetensors()
+    _arguments.check_path(path, "load_safetensors(path, params)")
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -131,6 +143,21 @@ def _named(tree: optax.Params, separator: str) -> dict[str, jax.Array]:
             "another separator, such as '/'."
         )
     return renamed
+
+
+def _check_whole(params: optax.Params, dtype: jax.typing.DTypeLike | None) -> None:
+    """Raises where a file would promise more bits than the params have of weights."""
+    for name, p in formats.named_leaves(params).items():
+        if dtype is None or not is_split(p):
+            continue
+        if jnp.finfo(dtype).nmant > jnp.finfo(p.dtype).nmant:
+            raise ValueError(
+                f"{name!r} is {p.dtype}, and would be written as {jnp.dtype(dtype)} "
+                "without the lower bits of the weight, which are in the optimizer "
+                "state. Call save_safetensors(path, params, state). For params that "
+                "have no residuals pass without_state=True; or write what there is, "
+                "with dtype=None."
+            )
 
 
 def _to_host(name: str, x: jax.Array, dtype: jax.typing.DTypeLike | None) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.transforms import _mirror, _records
+from optax_flash.transforms import _arguments, _mirror, _records
 
 VERSION = 1
 """Of the storage formats. It changes whenever old codes would decode differently."""
@@ -47,6 +47,7 @@ def state_format(
       >>> optax_flash.state_format(optax_flash.lion8(1e-4), params)
       {'version': 1, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
     """
+    _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
     _, records = describe(tx, params)
     leaves = {f"{record.path}/{record.field}": record.codec for record in records}
     return {"version": VERSION, "leaves": leaves}
@@ -71,6 +72,8 @@ def check_format(
       >>> saved = optax_flash.state_format(optax_flash.adamw8(), params)
       >>> optax_flash.check_format(saved, optax_flash.adamw8(1e-4), params)
     """
+    call = "check_format(saved, tx, params)"
+    _arguments.check_transformation(tx, (saved, params), call)
     compare(saved, state_format(tx, params))
 
 

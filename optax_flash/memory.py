@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash import formats
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _arguments, _init, _mirror, _records
 
 COMPONENTS: tuple[str, ...] = (
     "weights",
@@ -129,6 +129,8 @@ def memory_report(
       >>> f"{report.bytes_per_param:.3f} of {report.stock_bytes_per_param:.0f}"
       '7.125 of 16'
     """
+    call = "memory_report(tx, params)"
+    _arguments.check_transformation(tx, (params,), call)
     params = _init.as_arrays(params)
     state, records = formats.describe(tx, params)
     with _records.uncompressed():

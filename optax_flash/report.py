@@ -12,7 +12,7 @@ from jax import lax
 
 from optax_flash.fusion import run
 from optax_flash.numerics import groups, weights
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _arguments, _init, _mirror, _records
 from optax_flash.transforms.compress import CompressState, InCodes, in_codes
 from optax_flash.transforms.master_weights import MasterWeightsState
 
@@ -140,6 +140,10 @@ def numerics_report(
       >>> report._asdict()["noisy"]["w"]
       Array(1., dtype=float32)
     """
+    call = "numerics_report(tx, state, params, grads)"
+    _arguments.check_transformation(tx, (state, params, grads), call)
+    for other in (params, grads):
+        _arguments.check_order(state, other, call)
     params, grads = _init.as_arrays((params, grads))
     _mirror.check_mirrors(params, grads, "numerics_report: the gradients")
     stored = list(_in_codes(tx, state, params))

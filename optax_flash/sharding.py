@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash import formats
 from optax_flash.numerics import meshes
-from optax_flash.transforms import _init, _mirror, _records, _shardings
+from optax_flash.transforms import _arguments, _init, _mirror, _records, _shardings
 
 PyTree = Any
 
@@ -63,6 +63,8 @@ def state_sharding(
       >>> sharding.scales["mu_scales"]["w"].spec
       P('fsdp', None)
     """
+    call = "state_sharding(tx, params, param_sharding)"
+    _arguments.check_transformation(tx, (params, param_sharding), call)
     state, _ = formats.describe(tx, _shapes(params))
     return tree_sharding(state, tx, params, param_sharding)
 

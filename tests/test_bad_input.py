@@ -150,7 +150,7 @@ def test_one_bad_element_spoils_its_group_in_a_kernel_too(dtype, bad):
     params = jnp.ones(SHAPE, dtype)
     good = jnp.asarray(signs(), dtype)
     tx = optax_flash.master_weights(
-        optax_flash.adamw8(1e-2), implementation="interpret"
+        optax_flash.adamw8(1e-2), finished=False, implementation="interpret"
     )
     found, _ = run(tx, [good.at[3, 40].set(bad), good], params)
     spoilt = np.zeros(SHAPE, bool)

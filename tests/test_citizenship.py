@@ -42,12 +42,17 @@ OPTIMIZERS = {
     "lion4": functools.partial(optax_flash.lion4, 0.003),
     "sgd4": functools.partial(optax_flash.sgd4, 0.05, momentum=0.9),
     "adamw8_affine8": functools.partial(optax_flash.adamw8, 0.01, codecs="affine8"),
-    "master_weights_24": lambda: optax_flash.master_weights(optax_flash.adamw8(0.01)),
+    # Additive: finished params have no place in most of these wrappers.
+    "master_weights_24": lambda: optax_flash.master_weights(
+        optax_flash.adamw8(0.01), finished=False
+    ),
     "master_weights_32": lambda: optax_flash.master_weights(
-        optax_flash.lion8(0.003), 32, track_params=True
+        optax_flash.lion8(0.003), 32, finished=False, track_params=True
     ),
     "master_weights_flashoptim": lambda: optax_flash.master_weights(
-        optax_flash.adamw8(0.01, codecs="flashoptim"), codec="flashoptim"
+        optax_flash.adamw8(0.01, codecs="flashoptim"),
+        codec="flashoptim",
+        finished=False,
     ),
 }
 LOW_RANK = {

@@ -73,9 +73,33 @@ def test_bad_input(trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.numpy, "serialize_file", full)
         with pytest.raises(OSError, match="was not written: .*No space left"):
-            save_safetensors(path, params)
+            save_safetensors(path, params, state)
     assert path.read_bytes() == whole
     assert len(list(tmp_path.iterdir())) == 1
     path.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="no whole safetensors file"):
         load_safetensors(path, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_params_without_their_state(dtype, tmp_path):
+    """A float32 file of them would lack the weights' lower bits without a word."""
+    path, params = tmp_path / "model.safetensors", {"w": jnp.full(4, 1.001, dtype)}
+    with pytest.raises(ValueError, match=r"'w'.*lower bits.*params, state\)"):
+        save_safetensors(path, params)
+    if dtype == jnp.bfloat16:
+        # Of as many bytes, but float16 has three more bits of a weight near 1.
+        with pytest.raises(ValueError, match="lower bits"):
+            save_safetensors(path, params, dtype=jnp.float16)
+    assert not path.exists()
+    save_safetensors(path, params, without_state=True)
+    read = safetensors.numpy.load_file(path)["w"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, np.asarray(params["w"], np.float32))
+    for wanted in (None, dtype):
+        save_safetensors(path, params, dtype=wanted)
+        read = safetensors.numpy.load_file(path)["w"]
+        assert read.dtype == dtype
+        np.testing.assert_array_equal(read, params["w"])
+    save_safetensors(path, {"w": jnp.full(4, 1.001)})
+    assert (safetensors.numpy.load_file(path)["w"] == np.float32(1.001)).all()

@@ -321,7 +321,7 @@ class TestWrappers:
     @pytest.mark.parametrize(
         "wrap",
         [
-            lambda tx: master_weights(tx),
+            lambda tx: master_weights(tx, finished=False),
             lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
             lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
             lambda tx: optax.apply_if_finite(tx, 3),

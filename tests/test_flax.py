@@ -112,7 +112,7 @@ class TestLinen:
         state, _ = linen_state()
         grads = jax.tree.map(jnp.ones_like, state.params)
         stepped = jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, grads)
-        additive = optax_flash.master_weights(optax_flash.adamw8(1e-3))
+        additive = optax_flash.master_weights(optax_flash.adamw8(1e-3), finished=False)
         to32 = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         updates, opt_state = jax.jit(additive.update)(
             to32, state.opt_state, state.params

@@ -387,7 +387,7 @@ class TestComposes:
         params, grads = params_of(jnp.bfloat16), params_of(jnp.bfloat16, 1)
         for tx in (
             optax.chain(optax.clip_by_global_norm(1.0), alias()),
-            optax_flash.master_weights(alias()),
+            optax_flash.master_weights(alias(), finished=False),
             optax.MultiSteps(alias(), every_k_schedule=2),
             optax.apply_if_finite(alias(), 3),
         ):

@@ -89,9 +89,9 @@ class TestAdditiveUpdates:
         params = weights.astype(dtype)
         step = relative_step * jax.random.normal(jax.random.key(1), weights.shape)
         step = (step * weights).astype(grad_dtype)
-        tx = master_weights(optax.scale(1.0), bits=32)
+        tx = master_weights(optax.scale(1.0), bits=32, finished=False)
         updates, state = jax.jit(tx.update)(step, tx.init(params), params)
-        assert updates.dtype == grad_dtype
+        assert updates.dtype == jnp.promote_types(dtype, grad_dtype)
         applied = jax.jit(optax.apply_updates)(params, updates)
         wanted = np.asarray(params, np.float64) + np.asarray(step, np.float64)
         got = np.asarray(master_params(applied, state), np.float64)
@@ -112,7 +112,7 @@ class TestAdditiveUpdates:
         params = jax.random.normal(KEY, (64, 64)).astype(jnp.bfloat16)
         grads = jax.random.normal(jax.random.key(1), (64, 64)).astype(jnp.bfloat16)
         # A power of two: no product is rounded, so no compiler can fuse it away.
-        tx = master_weights(optax.sgd(0.25))
+        tx = master_weights(optax.sgd(0.25), finished=False)
 
         def step(params, state, grads):
             updates, state = tx.update(grads, state, params)
@@ -182,3 +182,33 @@ def test_schedule_free_starts_from_the_weights():
     assert state.inner_state.z["w"].dtype == jnp.float32
     params, state = run(tx, params, params, 5)
     assert np.all(np.asarray(master_params(params, state)["w"]) < 1.0)
+
+
+def test_a_learning_rate_inside_trains_as_stock_optax_does():
+    """Where it belongs: behind it, it raises, or with additive updates harms."""
+    rng = np.random.default_rng(0)
+    x, target = (jnp.asarray(rng.normal(size=(64, 64)), jnp.float32) for _ in range(2))
+
+    def loss(weights):
+        return jnp.mean((x @ weights - x @ target) ** 2)
+
+    def train(tx, params, weights_of):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(loss)(weights_of(params, state)).astype(params.dtype)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), length=300)
+        return float(loss(weights_of(*carry)))
+
+    zeros = jnp.zeros((64, 64))
+    rate = optax.scale_by_learning_rate(0.01)
+    stock = train(optax.chain(optax.scale_by_adam(), rate), zeros, lambda p, _: p)
+    adam8, half = optax_flash.scale_by_adam8(), zeros.astype(jnp.bfloat16)
+    inside = train(master_weights(optax.chain(adam8, rate)), half, master_params)
+    assert abs(inside / stock - 1) < 0.05, (inside, stock)
+    additive = optax.chain(master_weights(adam8, finished=False), rate)
+    assert train(additive, half, master_params) > 2 * stock
+    with pytest.raises(TypeError, match="outermost"):
+        train(optax.chain(master_weights(adam8), rate), half, master_params)

@@ -189,7 +189,7 @@ def test_eager_init_holds_no_float32_moments():
 @pytest.mark.parametrize("alias", [optax_flash.adamw8, optax_flash.adamw4])
 def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, shape):
     """Leaves use the same memory in turn, or those of one call do."""
-    tx = optax_flash.master_weights(alias(1e-3), finished=True)
+    tx = optax_flash.master_weights(alias(1e-3))
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)

@@ -71,9 +71,9 @@ def test_other_groups_do_not_notice(bad, codec):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda check, tx: check(optax_flash.master_weights(tx)),
+        lambda check, tx: check(optax_flash.master_weights(tx, finished=False)),
         # With finished params the check goes inside.
-        lambda check, tx: optax_flash.master_weights(check(tx), finished=True),
+        lambda check, tx: optax_flash.master_weights(check(tx)),
     ],
     ids=["outside", "inside"],
 )

@@ -95,7 +95,7 @@ def check_equal(model, tx, params, *batch):
 
 
 def finished(inner, bits=24, **kwargs):
-    return optax_flash.master_weights(inner, bits, finished=True, **kwargs)
+    return optax_flash.master_weights(inner, bits, **kwargs)
 
 
 def matrices(params):

@@ -152,8 +152,8 @@ STORAGE = {
         2**-12 / 127,
         True,
     ),
-    "finished": (jnp.bfloat16, dict(bits=24, finished=True), 2**-16, False),
-    "finished_32": (jnp.bfloat16, dict(bits=32, finished=True), 2**-24, True),
+    "finished": (jnp.bfloat16, dict(bits=24), 2**-16, False),
+    "finished_32": (jnp.bfloat16, dict(bits=32), 2**-24, True),
 }
 
 
@@ -232,7 +232,7 @@ OUTSIDE = {
 def test_wrapped_it_is_the_same(wrapped, master):
     tx, dtype = WRAPPED[wrapped](), jnp.float32
     if master:
-        tx, dtype = master_weights(tx, finished=True), jnp.bfloat16
+        tx, dtype = master_weights(tx), jnp.bfloat16
     found = report_after_steps(tx, make_params(dtype))
     assert_close(found, unwrapped(dtype, finished=True))
 
@@ -240,7 +240,7 @@ def test_wrapped_it_is_the_same(wrapped, master):
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_around_master_weights_it_is_the_same(outside, dtype):
-    tx = OUTSIDE[outside](master_weights(inner()))
+    tx = OUTSIDE[outside](master_weights(inner(), finished=False))
     found = report_after_steps(tx, make_params(dtype))
     assert_close(found, unwrapped(dtype, finished=False))
 
@@ -362,7 +362,7 @@ def test_vmap():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "y"), P("x", "y")])
 def test_sharded_it_is_the_same(kind, spec):
-    tx = master_weights(inner(), finished=True)
+    tx = master_weights(inner())
     params = {"kernel": make_params(jnp.bfloat16)["kernel"]}
     expected = report(tx, tx.init(params), params, params)
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))

@@ -244,7 +244,7 @@ class TestComposes:
         grads = [make(seed, jnp.bfloat16) for seed in range(2)]
         tamed = optax_flash.tamed_adamw8(1e-2, threshold=0.5)
         for tx in (
-            optax_flash.master_weights(tamed),
+            optax_flash.master_weights(tamed, finished=False),
             optax.MultiSteps(tamed, every_k_schedule=2),
             optax.apply_if_finite(tamed, 3),
         ):

@@ -57,7 +57,7 @@ class Condition(NamedTuple):
         tx = optax.chain(optax.clip_by_global_norm(1.0), self.make(schedule))
         if self.residual is None:
             return tx
-        return optax_flash.master_weights(tx, codec=self.residual, finished=True)
+        return optax_flash.master_weights(tx, codec=self.residual)
 
 
 def conditions() -> list[Condition]:

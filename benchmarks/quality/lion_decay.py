@@ -49,7 +49,7 @@ def walk(
         params = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     else:
         params = weights
-        tx = optax_flash.master_weights(tx, codec=codec, finished=True)
+        tx = optax_flash.master_weights(tx, codec=codec)
 
     @jax.jit
     def run(params, state):

@@ -25,10 +25,10 @@ from optax_flash.transforms.master_weights import master_params, set_master_para
 class TrainState(train_state.TrainState):
     """``flax.training.train_state.TrainState`` with params in half precision.
 
-    ``create`` casts the params, wraps ``tx`` in :func:`optax_flash.master_weights` with
-    finished params, and keeps the lower bits of the weights that it is given. All else
-    is Flax's own: ``apply_gradients``, ``replace``, further fields in subclasses, and
-    the collection of FP8 layers that gradients overwrite.
+    ``create`` casts the params, wraps ``tx`` in :func:`optax_flash.master_weights`, and
+    keeps the lower bits of the weights that it is given. All else is Flax's own:
+    ``apply_gradients``, ``replace``, further fields in subclasses, and the collection
+    of FP8 layers that gradients overwrite.
 
     Params that ``tx`` freezes (``optax.set_to_zero`` under ``optax.partition`` or
     ``optax.masked``) stay in the dtype in which they are given, and have no residual.

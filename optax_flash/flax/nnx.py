@@ -26,8 +26,8 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
     """``flax.nnx.Optimizer`` for a model with params in half precision.
 
     The constructor casts the model's params in place, wraps ``tx`` in
-    :func:`optax_flash.master_weights` with finished params, and keeps the lower bits of
-    the weights that it found. ``update`` is Flax's own.
+    :func:`optax_flash.master_weights`, and keeps the lower bits of the weights that it
+    found. ``update`` is Flax's own.
 
     Sharding names of the model's params pass to their state, where they fit: made under
     ``jax.set_mesh``, also inside ``nnx.jit``, the state is sharded like the model, and

@@ -69,10 +69,10 @@ def cast_trained(
 def with_master_weights(
     tx: optax.GradientTransformation, bits: int, codec: str = "exact"
 ) -> optax.GradientTransformationExtraArgs:
-    """``master_weights`` with finished params, the same one whenever it is asked for.
+    """``master_weights``, the same one whenever it is asked for.
 
     A transformation is a part of a train state's structure, and states that are made
     from one ``tx`` must have one structure: that of a state's shapes or shardings, say,
     and that of the state.
     """
-    return master_weights(tx, bits, codec=codec, finished=True)
+    return master_weights(tx, bits, codec=codec)

@@ -5,6 +5,9 @@ from optax_flash.fusion.program import Program
 IMPLEMENTATIONS = ("xla", "pallas", "triton", "interpret")
 """``"interpret"`` runs the Pallas kernel in Python, on any platform: for tests."""
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""As compilers know them. JAX calls GPUs of both makers ``"gpu"``."""
+
 SMALL = 2**16
 """Leaves with fewer elements are not worth a launch of their own, and share one."""
 

@@ -88,14 +88,6 @@ def in_float32(x: jax.Array) -> jax.Array:
     return x if complexes else x.astype(jnp.float32)
 
 
-def like_grad(update: Any, grad: jax.Array) -> Any:
-    """An update in its gradient's dtype, except of whole numbers, as in optax."""
-    same = getattr(update, "dtype", None) == grad.dtype
-    if same or not jnp.issubdtype(grad.dtype, jnp.inexact):
-        return update
-    return jax.lax.convert_element_type(update, grad.dtype)
-
-
 def not_constant(state: PyTree) -> PyTree:
     """The same state, of which the compiler does not know that it is zeros.
 

@@ -13,7 +13,7 @@ import optax
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import _feedback, _init, _mirror, _records
+from optax_flash.transforms import _dtypes, _feedback, _init, _mirror, _records
 from optax_flash.transforms._rules import (
     FACTOR_FIELDS,
     Codecs,
@@ -102,8 +102,8 @@ def compress(
         raises; None takes the best that fits, see :func:`optax_flash.explain`.
 
     Returns:
-      A transformation with a :class:`CompressState`. Updates have the dtype of the
-      gradients.
+      A transformation with a :class:`CompressState`. Updates have the wider dtype of
+      the gradient's and the param's, or the gradient's where ``update`` gets no params.
 
     Raises:
       ValueError: an unknown codec name; a key of ``codecs`` that fits no field or
@@ -180,7 +180,7 @@ def compress(
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
                 try:
-                    return inner.update(
+                    new_updates, new_state = inner.update(
                         jax.tree.map(_init.like_float32, updates),
                         inner_state,
                         jax.tree.map(_init.like_float32, params),
@@ -189,6 +189,7 @@ def compress(
                 except (TypeError, ValueError) as error:
                     _explain(error, rules, inner_state, updates)
                     raise
+                return new_updates, _dtypes.kept(new_state, inner_state)
 
             momenta = _momenta(bundles, error_feedback)
             new_updates, inner_state, feedback = _feedback.with_feedback(
@@ -200,7 +201,7 @@ def compress(
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
             new_updates = _corrected(new_updates, feedback.gains(stored), momenta)
-            return jax.tree.map(_init.like_grad, new_updates, updates), new_state
+            return _dtypes.cast_updates(new_updates, updates, params), new_state
 
         new_updates, new_state = run.run(
             step, updates, state, params, implementation=implementation, names=paths

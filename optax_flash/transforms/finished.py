@@ -3,11 +3,13 @@
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 _ADVICE = (
-    "nothing but optax.apply_updates may follow master_weights(finished=True): make it "
-    "the outermost transformation, or pass finished=False"
+    "only optax.apply_updates may use the updates of master_weights. Make it the "
+    "outermost transformation: what is chained behind it or wrapped around it belongs "
+    "inside, as in master_weights(optax.chain(...)). For updates that are read, "
+    "selected or returned, but never changed, pass finished=False"
 )
 
 
@@ -23,34 +25,52 @@ class FinishedParam(metaclass=_Explained):
 
     ``optax.apply_updates`` computes ``param + update``. Where the new param is known,
     an additive update would be rounded on the way; this leaf returns the param itself
-    from ``__radd__``. It has no arithmetic, so a transformation placed after the one
-    that made it fails instead of changing a param behind its residual's back.
+    from ``__radd__``. It has no other arithmetic, so a transformation placed after the
+    one that made it fails instead of changing a param behind its residual's back.
+
+    Args:
+      param: the new param.
+      name: its path, for errors.
+      old: the param that update saw. Adding to any other array raises: that array may
+        be an accumulator of updates, whose sum with a param means nothing.
+
+    Raises:
+      TypeError: anything is computed with it, or it is added to an array other than
+        ``old``. The message says what to do.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from optax_flash import FinishedParam
-      >>> updates = {"w": FinishedParam(jnp.ones(2), "w")}
-      >>> optax.apply_updates({"w": jnp.zeros(2)}, updates)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> updates = {"w": FinishedParam(jnp.ones(2), "w", params["w"])}
+      >>> optax.apply_updates(params, updates)
       {'w': Array([1., 1.], dtype=float32)}
     """
 
-    __slots__ = ("_name", "_param")
-    __array_ufunc__ = None  # NumPy arrays, too, leave the addition to __radd__.
+    __slots__ = ("_name", "_old", "_param")
 
-    def __init__(self, param: jax.Array, name: str):
+    def __init__(self, param: jax.Array, name: str, old: Any):
         self._param = param
         self._name = name
+        # Not the array itself: outside of jit that would keep its buffer alive.
+        self._old = id(old)
 
-    def __radd__(self, old: jax.Array) -> jax.Array:
-        new = self._param
-        shape, dtype = jnp.shape(old), jnp.result_type(old)
-        if shape != new.shape or dtype != new.dtype:
+    def __radd__(self, old: Any) -> jax.Array:
+        if id(old) != self._old:
+            new = self._param
             raise TypeError(
-                f"The finished param {self._name!r} is {new.dtype}{list(new.shape)}, "
-                f"but is applied to {dtype}{list(shape)}. Apply the updates to "
-                "the params that update saw."
+                f"The finished param {self._name!r}, {new.dtype}{list(new.shape)}, is "
+                f"added to {_describe(old)}. Apply the updates to the params that "
+                f"update saw, the very same arrays; {_ADVICE}."
             )
-        return new
+        return self._param
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any
+    ) -> jax.Array:
+        # How NumPy arrays begin what ends in __radd__.
+        added = ufunc is np.add and method == "__call__" and inputs[1] is self
+        return self.__radd__(inputs[0]) if added and not kwargs else self._refuse()
 
     def __repr__(self) -> str:
         return f"<finished param {self._name!r}: {_ADVICE}>"
@@ -61,7 +81,13 @@ class FinishedParam(metaclass=_Explained):
 
     __add__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = __float__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pos__ = __round__ = _refuse
+    __divmod__ = __rdivmod__ = __invert__ = __and__ = __rand__ = __or__ = _refuse
+    __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = _refuse
+    __rshift__ = __rrshift__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __getitem__ = __len__ = __bool__ = __int__ = __float__ = __array__ = _refuse
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
         # Whoever asks for a shape, a dtype or astype takes this for an array. Python's
@@ -69,3 +95,8 @@ class FinishedParam(metaclass=_Explained):
         if name.startswith("__"):
             raise AttributeError(name)
         self._refuse()
+
+
+def _describe(x: Any) -> str:
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+    return f"another {x.dtype}{list(x.shape)}" if is_array else repr(x)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _factors, _init, _mirror, _newton
+from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _newton
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -94,7 +94,7 @@ def scale_by_lora_pre(
 
     Returns:
       A transformation with a :class:`ScaleByLoraPreState`. It computes in float32;
-      updates have the dtype of the gradients.
+      updates have the wider dtype of the gradient's and the param's.
 
     Raises:
       ValueError: a rank that is neither, an unknown bias correction, a leaf that is no
@@ -138,7 +138,7 @@ def scale_by_lora_pre(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
-        del params, extra_args
+        del extra_args
         updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre: the gradients"
@@ -154,7 +154,7 @@ def scale_by_lora_pre(
         for i, g in enumerate(grads):
             if factored[i]:
                 results[i], *factors = _update_leaf(
-                    _init.like_float32(g),
+                    g.astype(jnp.float32),
                     *(column[i] for column in columns),
                     dense.count,
                     *(b1, b2, eps, eps_root, damping),
@@ -162,9 +162,10 @@ def scale_by_lora_pre(
                 )
                 for column, factor in zip(columns, factors, strict=True):
                     column[i] = factor
-        results = [_init.like_grad(u, g) for u, g in zip(results, grads, strict=True)]
-        return treedef.unflatten(results), ScaleByLoraPreState(
-            dense.count, dense.mu, dense.nu, *map(treedef.unflatten, columns)
+        dense_mu, dense_nu = _dtypes.kept((dense.mu, dense.nu), (state.mu, state.nu))
+        new_updates = _dtypes.cast_updates(treedef.unflatten(results), updates, params)
+        return new_updates, ScaleByLoraPreState(
+            dense.count, dense_mu, dense_nu, *map(treedef.unflatten, columns)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

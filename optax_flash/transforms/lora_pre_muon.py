@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _factors, _init, _mirror, _newton, lora_pre
+from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _newton, lora_pre
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -75,7 +75,7 @@ def scale_by_lora_pre_muon(
 
     Returns:
       A transformation with a :class:`ScaleByLoraPreMuonState`. It computes in float32;
-      updates have the dtype of the gradients.
+      updates have the wider dtype of the gradient's and the param's.
 
     Raises:
       ValueError: a rank that is neither, a param that is no matrix or not floating,
@@ -123,7 +123,7 @@ def scale_by_lora_pre_muon(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
-        del params, extra_args
+        del extra_args
         updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre_muon: the gradients"
@@ -131,8 +131,10 @@ def scale_by_lora_pre_muon(
         mus, lefts, rights = (_mirror.entries(field, updates) for field in state)
         grads, treedef = jax.tree.flatten(updates)
         results = []
-        for i, g in enumerate(map(_init.like_float32, grads)):
-            if hasattr(lefts[i], "shape"):
+        for i, g in enumerate(grads):
+            is_factored = hasattr(lefts[i], "shape")
+            g = _dtypes.as_dtype(g, jnp.float32 if is_factored else mus[i].dtype)
+            if is_factored:
                 mu, lefts[i], rights[i] = _update_factored(
                     g, lefts[i], rights[i], momentum, damping
                 )
@@ -140,10 +142,10 @@ def scale_by_lora_pre_muon(
                 mu = mus[i] = momentum * mus[i] + g
             results.append(momentum * mu + g if nesterov else mu)
         scaled = jax.tree.map(
-            lambda u, g: (_shape_scale(g.shape, consistent_rms) * u).astype(g.dtype),
+            lambda u: _shape_scale(u.shape, consistent_rms) * u,
             _with_auto_axes(orthogonalize, treedef.unflatten(results)),
-            updates,
         )
+        scaled = _dtypes.cast_updates(scaled, updates, params)
         return scaled, ScaleByLoraPreMuonState(
             *map(treedef.unflatten, (mus, lefts, rights))
         )

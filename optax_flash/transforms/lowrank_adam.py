@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 
-from optax_flash.transforms import _factors, _init, _mirror, _subspace
+from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _subspace
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -117,8 +117,8 @@ def scale_by_lowrank_adam(
       seed: of the sketches. They depend on it, the path and the step alone.
 
     Returns:
-      The transformation, with a :class:`LowRankAdamState`. Updates have the gradient's
-      dtype.
+      The transformation, with a :class:`LowRankAdamState`. Updates have the wider
+      dtype of the gradient's and the param's.
 
     Raises:
       ValueError: a rank, strategy or count that is none, ``refresh_every`` beside
@@ -238,7 +238,7 @@ def scale_by_lowrank_adam(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
-        del params, extra_args
+        del extra_args
         # Every param is in one of the two.
         whole = jax.tree.map(
             lambda dense, left: left if _is_absent(dense) else dense,
@@ -264,7 +264,7 @@ def scale_by_lowrank_adam(
                     factored, [g32, *(row[field] for field in FACTORS)], scalars
                 )
                 row = row | dict(zip(FACTORS, factors, strict=True))
-            return _init.like_grad(u, g), row
+            return u, row
 
         columns = [_mirror.entries(getattr(state, field), updates) for field in FIELDS]
         stepped = [
@@ -278,6 +278,7 @@ def scale_by_lowrank_adam(
         ]
         structure = jax.tree.structure(updates)
         new_updates = structure.unflatten([u for u, _ in stepped])
+        new_updates = _dtypes.cast_updates(new_updates, updates, params)
         return new_updates, _state(count, updates, [row for _, row in stepped])
 
     return optax.GradientTransformationExtraArgs(init, update)

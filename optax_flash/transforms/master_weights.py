@@ -10,7 +10,14 @@ import optax
 
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import _frozen, _init, _mirror, _records
+from optax_flash.transforms import (
+    _arguments,
+    _dtypes,
+    _frozen,
+    _init,
+    _mirror,
+    _records,
+)
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -40,7 +47,7 @@ def master_weights(
     bits: int = 24,
     *,
     codec: str = "exact",
-    finished: bool = False,
+    finished: bool = True,
     track_params: bool = False,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,10 +73,20 @@ def master_weights(
     stay as they are.
 
     This must be the outermost transformation: the residual belongs to the very param
-    that ``optax.apply_updates`` will produce. With additive updates in half precision
-    that param can miss ``w'`` (when it shrinks by more than half in one step); the
-    residual then makes up what it can, half a unit in the last place. Finished params
-    never miss.
+    that ``optax.apply_updates`` will produce. So updates are *finished params* by
+    default, :class:`FinishedParam` leaves from which ``optax.apply_updates`` takes the
+    new param. Anything else that is done with them raises while it is traced, and says
+    what to do: a transformation chained behind, a wrapper that computes with updates,
+    ``lax.cond`` and ``lax.scan``, updates returned from a jitted function.
+
+    Additive updates (``finished=False``) are arrays. Take them where code reads,
+    selects or returns updates without changing them: ``optax.apply_if_finite`` or
+    ``optax.MultiSteps`` around this transformation, statistics of updates, an update
+    and its application in two jitted functions. Nothing checks what is done with them:
+    scaled or clipped afterwards, they leave residuals that belong to other params, and
+    training goes wrong in silence. In half precision the param can miss ``w'`` (when it
+    shrinks by more than half in one step); the residual then makes up what it can, half
+    a unit in the last place. Finished params never miss.
 
     If params are changed from outside between two steps, the new values count, plus
     the old residual: an error of at most half a unit in the last place of the param.
@@ -81,18 +98,17 @@ def master_weights(
       bits: 24 for an 8-bit residual, 32 for a 16-bit one, with which bfloat16 params
         lose nothing of a float32 weight.
       codec: ``"exact"`` or ``"flashoptim"``, the published format.
-      finished: emit :class:`FinishedParam` leaves instead of additive updates. Stock
-        ``optax.apply_updates`` takes them, and no rounding of an update comes between.
-        They cannot leave a jitted function or pass through ``lax.cond``.
+      finished: False for additive updates instead of finished params.
       track_params: keep a digest of the params for :func:`changed_params`. Costs a
         reduction over the params each step, and a collective where they are sharded.
       implementation: as in :func:`compress`.
 
     Returns:
       A transformation with a :class:`MasterWeightsState`. Additive updates have the
-      gradients' dtype.
+      wider dtype of the gradient's and the param's.
 
     Raises:
+      TypeError: finished params are used by anything except ``optax.apply_updates``.
       ValueError: bits other than 24 and 32, an unknown codec, no params, a leaf that is
         no array or number, a tree or state that is not init's, a named implementation
         that does not fit. The message names the leaf.
@@ -158,7 +174,8 @@ def master_weights(
                 "them. Call update(grads, state, params)."
             )
         updates = _init.as_arrays(updates)
-        params = _init.as_arrays(_mirror.narrowed(params, updates))
+        given = _mirror.narrowed(params, updates)
+        params = _init.as_arrays(given)
         _mirror.check_mirrors(params, updates, "master_weights: the gradients")
         _mirror.check_shapes(
             _mirror.without_examples(updates, params),
@@ -185,6 +202,7 @@ def master_weights(
                 **extra_args,
             )
             _mirror.check_shapes(inner_updates, params, "master_weights: the update")
+            inner_state = _dtypes.kept(inner_state, state.inner_state)
             stepped = [
                 _step_leaf(residual_codec, emit_params, start, *row)
                 for row in zip(
@@ -220,8 +238,9 @@ def master_weights(
         new_state = widen(new_state)
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
+            old = structure.flatten_up_to(given)
             new_updates = structure.unflatten(
-                [FinishedParam(*x) for x in zip(leaves, paths, strict=True)]
+                [FinishedParam(*x) for x in zip(leaves, paths, old, strict=True)]
             )
         return new_updates, new_state
 
@@ -248,6 +267,11 @@ def cast_params(
       >>> optax_flash.cast_params({"w": jnp.float32([1.001])}, jnp.bfloat16)
       {'w': Array([1], dtype=bfloat16)}
     """
+    if isinstance(params, type | np.dtype | str):
+        raise TypeError(
+            f"The arguments are swapped: params is the dtype {params!r}. Call "
+            "cast_params(params, dtype)."
+        )
     dtype = np.dtype(dtype)
 
     def cast(path: str, p: jax.Array) -> jax.Array:
@@ -281,6 +305,7 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       >>> optax_flash.master_params(params, state)
       {'w': Array([1., 1.], dtype=float32)}
     """
+    _arguments.check_order(state, params, "master_params(params, state)")
     found = _find_state(state)
     _check_state(None, found, params)
     return _join(params, found.residual)
@@ -311,6 +336,14 @@ def set_master_params(
       >>> optax_flash.master_params(params, state)
       {'w': Array([1.001], dtype=float32)}
     """
+    call = "set_master_params(state, params, new_weights)"
+    for other in (params, new_weights):
+        _arguments.check_order(state, other, call)
+    if _any_split(new_weights) and not _any_split(params):
+        raise TypeError(
+            "The arguments are swapped: params are float32, and new_weights are in "
+            f"half precision. Call {call}."
+        )
     old = _find_state(state)
     _check_state(None, old, params)
     known, widen = _mirror.narrow(old, params)
@@ -347,6 +380,7 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
       >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
       ['b']
     """
+    _arguments.check_order(state, params, "changed_params(params, state)")
     found = _find_state(state)
     if found.digest is None:
         raise ValueError(
@@ -361,6 +395,12 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
     return [
         path for (path, _), differs in zip(tracked, changed, strict=True) if differs
     ]
+
+
+def _any_split(params: PyTree) -> bool:
+    return any(
+        hasattr(p, "dtype") and weights.is_split(p) for p in jax.tree.leaves(params)
+    )
 
 
 def _join(params: PyTree, residual: PyTree) -> PyTree:
@@ -428,15 +468,16 @@ def _step_leaf(
       residual: None or MaskedNode where the param is frozen. It then is updated as
         params in float32 are.
       update: what the wrapped transformation adds to the weight. # float32
-      grad: tells the dtype of an additive update.
+      grad: tells the dtype of an additive update, with the param.
 
     Returns:
       ``(update, param, residual)``, the param being what ``optax.apply_updates`` will
       make of the update.
     """
+    dtype = _dtypes.wider(grad, param)
     if not weights.is_split(param) or not hasattr(residual, "dtype"):
         if not finished and jnp.issubdtype(grad.dtype, jnp.inexact):
-            (update,) = ops.Elementwise(_as_dtype, grad.dtype)(update)
+            (update,) = ops.Elementwise(_as_dtype, dtype)(update)
         new = _applied(param, update)
         return new if finished else update, new, residual
     salt = hashing.salt(path)
@@ -444,7 +485,7 @@ def _step_leaf(
         step = ops.Round(_finish, codec, param.shape)
         new, residual = step(start, salt, param, residual, update)
         return new, new, residual
-    step = ops.Round(_add, (codec, grad.dtype), param.shape)
+    step = ops.Round(_add, (codec, dtype), param.shape)
     update, new, residual = step(start, salt, param, residual, update)
     return update, new, residual
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _init, _mirror
+from optax_flash.transforms import _dtypes, _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -73,7 +73,8 @@ def tame(
       nesterov: use Nesterov momentum, of clipped gradients too.
 
     Returns:
-      The transformation, with a :class:`TameState`. Updates have the gradient's dtype.
+      The transformation, with a :class:`TameState`. Updates have the wider dtype of the
+      gradient's and the param's.
 
     Raises:
       ValueError: a threshold that is not positive, where it is a Python number;
@@ -112,7 +113,7 @@ def tame(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
-        del params, extra_args
+        del extra_args
         _mirror.check_mirrors(state.mu, updates, "tame: the gradients")
         count = optax.safe_increment(state.count)
         updates = _init.as_arrays(updates)
@@ -137,9 +138,9 @@ def tame(
         else:
             mu_hat = optax.tree.bias_correction(mu, b1, count)
         new_updates = jax.tree.map(
-            lambda m, v, g: _init.like_grad(m / (jnp.sqrt(v + eps_root) + eps), g),
-            *(mu_hat, nu_hat, updates),
+            lambda m, v: m / (jnp.sqrt(v + eps_root) + eps), mu_hat, nu_hat
         )
+        new_updates = _dtypes.cast_updates(new_updates, updates, params)
         return new_updates, TameState(count, mu, nu, _total(beyond))
 
     return optax.GradientTransformationExtraArgs(init, update)

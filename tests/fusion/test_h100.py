@@ -43,9 +43,7 @@ def matrix(shape=(4096, 4096), dtype=jnp.bfloat16):
 
 
 def finished(inner, bits=24, codecs=None):
-    return optax_flash.master_weights(
-        optax_flash.compress(inner, codecs), bits, finished=True
-    )
+    return optax_flash.master_weights(optax_flash.compress(inner, codecs), bits)
 
 
 def state_bytes(tx, params):
@@ -106,7 +104,7 @@ def test_additive_updates_take_the_place_of_the_gradients(dtype):
 
 def test_a_global_norm_inside_costs_one_pass_over_the_gradients():
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
-    tx = optax_flash.master_weights(inner, finished=True)
+    tx = optax_flash.master_weights(inner)
     compiled = compile_step(tx, matrix())
     assert compiled.kernels["optax_flash"] == 1
     # No clipped gradients and no float32 copy of them: only partial sums.
@@ -248,7 +246,7 @@ import jax, jax.numpy as jnp, optax, optax_flash
 from h100 import compile_step
 params = {{"kernel": jax.ShapeDtypeStruct({shape}, jnp.{dtype})}}
 tx = optax_flash.master_weights(
-    optax_flash.compress(optax.{inner}, {codecs!r}), finished=True
+    optax_flash.compress(optax.{inner}, {codecs!r})
 )
 compile_step(tx, params)
 """

@@ -43,7 +43,7 @@ def program_of(tx, shape, bits=None, codec="companded8"):
     tx = optax_flash.compress(tx, codecs=codec, min_size=1)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16 if bits else jnp.float32)}
     if bits:
-        tx = optax_flash.master_weights(tx, bits, finished=True)
+        tx = optax_flash.master_weights(tx, bits)
 
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)

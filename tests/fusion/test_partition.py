@@ -23,7 +23,7 @@ def mesh_fixture(request):
 
 def make_tx(implementation="interpret"):
     return optax_flash.master_weights(
-        optax_flash.adamw8(1e-3), implementation=implementation
+        optax_flash.adamw8(1e-3), finished=False, implementation=implementation
     )
 
 

@@ -123,7 +123,7 @@ def test_half_precision_gradients_enter_the_kernel_as_they_are():
 
 
 def test_every_array_of_the_state_is_updated_in_place():
-    tx = optax_flash.master_weights(optax_flash.adamw8(1e-3))
+    tx = optax_flash.master_weights(optax_flash.adamw8(1e-3), finished=False)
     (leaf,) = leaves_of(tx, params_of("kernel", dtype=jnp.bfloat16))
     # The gradient's buffer, the residual's, those of two codes and of two scales.
     assert len(set(leaf.program.donors) - {None}) == 6
@@ -367,7 +367,7 @@ def test_an_inner_update_may_be_jitted():
     # Traced again, the outer update finds the inner one in jax's cache.
     inner = optax_flash.adamw8(1e-3)
     inner = inner._replace(update=jax.jit(inner.update))
-    tx = optax_flash.master_weights(inner)
+    tx = optax_flash.master_weights(inner, finished=False)
     params = jnp.ones((64, 64), jnp.bfloat16)
     state = tx.init(params)
     first = jax.jit(tx.update)(params, state, params)

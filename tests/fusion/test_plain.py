@@ -17,9 +17,7 @@ pytestmark = pytest.mark.usefixtures("quickest_compile")
 @pytest.mark.parametrize("codec", ["companded8", "companded4", "affine8"])
 def test_slices_equal_the_whole(codec, update):
     params = jnp.zeros((3, 40, 50), jnp.bfloat16)
-    tx = optax_flash.master_weights(
-        optax_flash.compress(optax.adamw(1e-2), codec), finished=True
-    )
+    tx = optax_flash.master_weights(optax_flash.compress(optax.adamw(1e-2), codec))
     state = jax.jit(tx.init)(params)
     with run.watch() as leaves:
         jax.make_jaxpr(lambda s, p: tx.update(p, s, p)[1])(state, params)

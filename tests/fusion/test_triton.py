@@ -54,9 +54,7 @@ CASES = {
     },
     **{
         f"master_weights_{bits}_{codec}_{jnp.dtype(dtype).name}": (
-            optax_flash.master_weights(
-                compress(optax.adamw(1e-2)), bits, codec=codec, finished=True
-            ),
+            optax_flash.master_weights(compress(optax.adamw(1e-2)), bits, codec=codec),
             dtype,
         )
         for bits in (24, 32)
@@ -65,7 +63,7 @@ CASES = {
     },
     "bfloat16": (compress(optax.adamw(1e-2)), jnp.bfloat16),
     "plain_master_weights": (
-        optax_flash.master_weights(optax.sgd(1e-2), finished=True),
+        optax_flash.master_weights(optax.sgd(1e-2)),
         jnp.bfloat16,
     ),
 }
@@ -231,7 +229,7 @@ def test_shards_compute_their_piece_of_the_leaf(name):
 def test_leaves_share_a_kernel():
     shapes = [(22, 100), (300,), (2, 3, 64)]
     params = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
-    tx = optax_flash.master_weights(compress(optax.adamw(1e-2)), finished=True)
+    tx = optax_flash.master_weights(compress(optax.adamw(1e-2)))
     family = programs(tx, params)
     shards = [whole_leaf(p, operands_of(p, i)) for i, p in enumerate(family)]
     for shard in shards[1:]:
@@ -429,7 +427,7 @@ def test_a_step_is_one_kernel_in_place(compiled):
     steps = {}
     for name in ("pallas", "triton"):
         tx = optax_flash.master_weights(
-            optax_flash.compress(optax.adamw(1e-3)), finished=True, implementation=name
+            optax_flash.compress(optax.adamw(1e-3)), implementation=name
         )
         steps[name] = compile_step(tx, params)
     assert compiled
@@ -441,7 +439,7 @@ def test_eight_gpus_exchange_nothing(compiled):
     mesh = mesh_of((4, 2), ("fsdp", "tp"))
     params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
     tx = optax_flash.master_weights(
-        optax_flash.compress(optax.adamw(1e-3)), finished=True, implementation="triton"
+        optax_flash.compress(optax.adamw(1e-3)), implementation="triton"
     )
     with jax.set_mesh(mesh):
         step = compile_step(tx, params, mesh, ("fsdp", "tp"))
@@ -456,7 +454,7 @@ def test_leaves_of_one_kernel_compile(compiled):
         for i, shape in enumerate([(64, 64), (100, 70), (4096,), (3, 3, 64, 64)])
     }
     tx = optax_flash.master_weights(
-        optax_flash.compress(optax.adamw(1e-3)), finished=True, implementation="triton"
+        optax_flash.compress(optax.adamw(1e-3)), implementation="triton"
     )
     assert compile_step(tx, params).kernels == {"optax_flash": 1}
     assert ".local" not in compiled[0]

@@ -1,0 +1,76 @@
+"""Arguments in the wrong order: recognised by what they are, before they do harm."""
+
+import operator
+import os
+from typing import Any
+
+import jax
+import optax
+
+
+def check_transformation(tx: Any, others: tuple[Any, ...], call: str) -> None:
+    """Raises a TypeError where something else stands in a transformation's place.
+
+    Args:
+      tx: what should be an optax transformation.
+      others: the arguments that it may have been swapped with.
+      call: the right one, for the message.
+    """
+    if _is_transformation(tx):
+        return
+    if any(map(_is_transformation, others)):
+        raise TypeError(f"The arguments are swapped: call {call}.")
+    raise TypeError(
+        f"tx is of type {type(tx).__name__}, not an optax transformation. Call {call}."
+    )
+
+
+def check_order(state: Any, params: Any, call: str) -> None:
+    """Raises a TypeError where an optimizer state stands in the params' place."""
+    if holds_state(params) and not holds_state(state):
+        raise TypeError(
+            "The arguments are swapped: there is an optimizer state where params "
+            f"should be. Call {call}."
+        )
+
+
+def check_path(path: Any, call: str) -> None:
+    """Raises a TypeError where something else stands in the place of a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"The first argument is of type {type(path).__name__}, not a path. "
+            f"Call {call}."
+        )
+
+
+def check_step(step: Any, call: str) -> None:
+    """Raises a TypeError where something else stands in the place of a step."""
+    try:
+        operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"step is of type {type(step).__name__}, not a whole number. Call {call}."
+        ) from None
+
+
+def holds_state(tree: Any) -> bool:
+    """Whether a tree has the state of a transformation in it, optax's or ours."""
+    return any(map(_is_state, jax.tree.leaves(tree, is_leaf=_is_state)))
+
+
+def _is_state(node: Any) -> bool:
+    package = type(node).__module__.partition(".")[0]
+    if package not in ("optax", "optax_flash") or not hasattr(node, "_fields"):
+        return False
+    # NamedTuples that are no states; params may have the last two in them.
+    others = (
+        optax.GradientTransformation,
+        optax.GradientTransformationExtraArgs,
+        optax.LookaheadParams,
+        optax.MaskedNode,
+    )
+    return not isinstance(node, others)
+
+
+def _is_transformation(x: Any) -> bool:
+    return all(callable(getattr(x, name, None)) for name in ("init", "update"))
