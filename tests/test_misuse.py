@@ -152,9 +152,10 @@ class TestOtherShapes:
     def test_a_gradient_for_each_example_passes(self):
         grads = jax.tree.map(lambda p: jnp.stack([p, p]), self.params)
         private = optax.contrib.differentially_private_aggregate(1.0, 0.1, key=0)
+        sgd8 = optax_flash.sgd8(0.1, momentum=0.9)
         for tx in (
             compress(optax.chain(private, optax.sgd(0.1))),
-            master_weights(optax.chain(private, optax_flash.sgd8(0.1, momentum=0.9))),
+            master_weights(optax.chain(private, sgd8), finished=False),
         ):
             updates, _ = tx.update(grads, tx.init(self.params), self.params)
             assert jax.tree.map(jnp.shape, updates) == jax.tree.map(
