@@ -160,6 +160,8 @@ def run(
             out = update(trace.start, updates, state, params)
         finally:
             _trace.reset(token)
+            # Nothing of this trace outlives it.
+            trace.start = trace.level = None
         results, out_treedef = jax.tree.flatten(out)
         structure.append((out_treedef, jax.tree.structure(out[1])))
         return results
