@@ -10,6 +10,7 @@ from optax_flash.fusion import run
 from optax_flash.fusion.choose import choose
 from optax_flash.fusion.split import Leaf
 from optax_flash.transforms import _mirror
+from optax_flash.transforms._extra_args import with_extra_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def explain(
     if platform is None:
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     state = jax.eval_shape(tx.init, params)
-    update = optax.with_extra_args_support(tx).update
+    update = with_extra_args(tx).update
     with run.watch() as leaves:
         jax.eval_shape(
             lambda state, params: update(params, state, params, **extra_args)[1],

@@ -13,6 +13,7 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import _feedback, _init, _mirror, _records
+from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._rules import Codecs, Field, Rules, coded_shape
 
 PyTree = Any
@@ -114,7 +115,7 @@ def compress(
       bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349); error feedback
       that of 1-bit SGD (Seide et al., 2014), which keeps errors in an array of its own.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     rules = Rules.parse(codecs, min_size)
     run.check_implementation(implementation)
 

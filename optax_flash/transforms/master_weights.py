@@ -11,6 +11,7 @@ import optax
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
 from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -105,7 +106,7 @@ def master_weights(
       Weight splitting: FlashOptim (arXiv 2602.23349). Pieces of the float's own bits:
       "param remainders" of NVIDIA's TransformerEngine.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     residual_codec = weights.get_residual_codec(codec, bits)
     run.check_implementation(implementation)
 
