@@ -94,7 +94,7 @@ def _one_in_xla(program: Program) -> Callable[..., list[jax.Array]]:
 
 
 update_p = core.Primitive("optax_flash_update")
-ops.define(update_p, _in_xla)
+ops.define(update_p, _in_xla, _in_xla)
 
 
 NEEDS = {

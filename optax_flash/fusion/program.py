@@ -155,6 +155,7 @@ CALLS = {
 WORDS = {
     "dot_general": "a matrix product",
     "conv_general_dilated": "a convolution",
+    "optax_flash_batched_op": "it is under jax.vmap inside of another update",
     "cond": "lax.cond chooses between computations",
     "while": "a loop",
     "scan": "a loop",

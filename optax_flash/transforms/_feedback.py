@@ -29,6 +29,7 @@ def with_gains(
     update: Callable[[PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
     momenta: dict[int, ByParam],
+    differentiated: bool = False,
 ) -> tuple[PyTree, PyTree, dict[int, ByParam]]:
     """An update, and how much of each rounding error is to be added to it.
 
@@ -36,6 +37,8 @@ def with_gains(
       update: from a state to updates and the new state.
       state: a tree of arrays.
       momenta: leaves of it: of each field, by the index of the updates' leaf.
+      differentiated: whether derivatives go through the update. They do not go through
+        the gains.
 
     Returns:
       Updates; the new state; and, in the place of momenta, what the rounding error of
@@ -76,6 +79,10 @@ def with_gains(
         gains[field] = {
             i: _gain(tangents[i], tangents[count + k]) for i, k in at.items()
         }
+    if differentiated:
+        # The results so far have no derivative where elements meet others.
+        results = []
+        gains = jax.tree.map(lax.stop_gradient, gains)
     results = results or core.jaxpr_as_fun(closed)(*leaves)
     new = new_state.unflatten(results[count:])
     return updates.unflatten(results[:count]), new, gains

@@ -29,11 +29,16 @@ class CompressState(NamedTuple):
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
         params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
         compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
+      carried: None, except where derivatives go through updates. Then for each
+        compressed field, as ``"mu_carried"``, a tree that mirrors the params, of zeros
+        whose derivatives are those of the arrays in codes; None for a leaf that is not
+        compressed. # shape of the leaf, float32
     """
 
     step: jax.typing.ArrayLike
     inner_state: optax.OptState
     scales: dict[str, PyTree]
+    carried: dict[str, PyTree] | None = None
 
 
 def compress(
@@ -164,11 +169,12 @@ def compress(
                 )
 
             momenta = _momenta(bundles, error_feedback)
+            carries = state.carried is not None or run.is_differentiated()
             new_updates, inner_state, gains = _feedback.with_gains(
-                inner_update, inner_state, momenta
+                inner_update, inner_state, momenta, carries
             )
             new_state, corrections = _encode(
-                rules, bundles, gains, inner_state, updates, start, state
+                rules, bundles, gains, inner_state, updates, start, state, carries
             )
             new_updates = _corrected(new_updates, corrections)
             return jax.tree.map(_like, new_updates, updates), new_state
@@ -224,10 +230,12 @@ def decode_state(rules: Rules, state: CompressState, params: PyTree) -> PyTree:
     for field in rules.fields(parts):
         entries = list(parts[field.part].entries)
         scales = _mirror.entries(state.scales[field.key], params)
+        carried = _carried(state, field, jax.tree.structure(params))
         for i, row in enumerate(zip(paths, shapes, entries, scales, strict=True)):
             stored = _stored(rules, field, *row)
             if stored is not None:
-                entries[i] = _decode_array(*stored, entries[i], scales[i])
+                x = _decode_array(*stored, entries[i], scales[i])
+                entries[i] = _with_derivative(x, carried[i])
         parts[field.part] = parts[field.part].rebuild(entries)
     return join(_trees(parts))
 
@@ -344,6 +352,7 @@ def _encode(
     params: PyTree,
     start: jax.Array,
     old: CompressState,
+    carries: bool,
 ) -> tuple[CompressState, dict[int, jax.Array]]:
     """The state after a step, its arrays in codes again; and, by param, what makes up
     for that in the update."""
@@ -352,12 +361,15 @@ def _encode(
     structure = jax.tree.structure(params)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
+    carried: list[list[Any]] = [[None] * len(column) for column in values]
     corrections: dict[int, jax.Array] = {}
     for name, i, of_param, codecs, shape, _ in bundles:
         arrays = [values[j][i] for j in of_param]
         fed = tuple(n for n, j in enumerate(of_param) if i in gains.get(j, ()))
-        encoded = ops.Encode(codecs, shape, fed)(start, hashing.salt(name), *arrays)
+        encode = ops.Encode(codecs, shape, fed, carries)
+        encoded = encode(start, hashing.salt(name), *arrays)
         for n, j in enumerate(of_param):
+            carried[j][i] = _derivative_of(arrays[n]) if carries else None
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
         for n, error in zip(fed, encoded[2 * len(of_param) :], strict=True):
             correction = gains[of_param[n]][i] * error
@@ -372,6 +384,12 @@ def _encode(
             field.key: structure.unflatten(entries)
             for field, entries in zip(fields, scales, strict=True)
         },
+        carried={
+            _carried_key(field): structure.unflatten(entries)
+            for field, entries in zip(fields, carried, strict=True)
+        }
+        if carries
+        else None,
     )
     return state, corrections
 
@@ -385,6 +403,7 @@ def _decode(
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
+    carried = [_carried(state, field, structure) for field in fields]
     shapes = [u.shape for u in jax.tree.leaves(updates)]
     stored = [
         [
@@ -396,13 +415,88 @@ def _decode(
     bundles = _bundles(stored, fields, paths, shapes)
     for k, (_, i, of_param, codecs, shape, _) in enumerate(bundles):
         codes = [columns[j][i] for columns in (values, scales) for j in of_param]
-        arrays = ops.Decode(codecs, shape)(*codes)
+        arrays = [
+            _with_derivative(x, carried[j][i])
+            for j, x in zip(of_param, ops.Decode(codecs, shape)(*codes), strict=True)
+        ]
         bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
         for j, x in zip(of_param, arrays, strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
     return join(_trees(parts)), bundles
+
+
+def with_carried(rules: Rules, state: CompressState, params: PyTree) -> CompressState:
+    """The same state, which carries derivatives from here on.
+
+    Args:
+      rules: of the transformation that the state is of.
+      state: its codes.
+      params: anything that has their paths and shapes.
+
+    Raises:
+      ValueError: the state is not of these rules or params.
+    """
+    if state.carried is not None:
+        return state
+    _, bundles = _decode(rules, state, params, _mirror.leaf_paths(params))
+    parts, _ = _checked_parts(rules, state, params)
+    fields = rules.fields(parts)
+    structure = jax.tree.structure(params)
+    carried = [[None] * structure.num_leaves for _ in fields]
+    for bundle in bundles:
+        for j, x in zip(bundle.fields, bundle.arrays, strict=True):
+            carried[j][bundle.param] = _derivative_of(x)
+    return state._replace(
+        carried={
+            _carried_key(field): structure.unflatten(entries)
+            for field, entries in zip(fields, carried, strict=True)
+        }
+    )
+
+
+def _carried_key(field: Field) -> str:
+    return f"{field.name}_carried"
+
+
+def _carried(state: CompressState, field: Field, structure: Any) -> list[Any]:
+    """What carries the derivatives of a field's entries; None where nothing does."""
+    if state.carried is None:
+        return [None] * structure.num_leaves
+    return structure.flatten_up_to(state.carried[_carried_key(field)])
+
+
+def _derivative_of(x: jax.Array) -> jax.Array:
+    """Zeros whose derivative is the array's, which its codes cannot have."""
+    return ops.Elementwise(_zeros, None, _itself)(x)[0]
+
+
+def _with_derivative(x: jax.Array, carried: jax.Array | None) -> jax.Array:
+    """The array, with the derivative that was carried beside its codes."""
+    if carried is None:
+        return x
+    return ops.Elementwise(_first, None, _sum)(x, carried)[0]
+
+
+def _zeros(static: None, x: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (jnp.zeros_like(x, dtype=jnp.float32),)
+
+
+def _itself(static: None, x: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (x.astype(jnp.float32),)
+
+
+def _first(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
+    del static, carried
+    return (x,)
+
+
+def _sum(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (x + carried,)
 
 
 def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:

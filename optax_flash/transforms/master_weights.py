@@ -1,6 +1,5 @@
 """``master_weights``: 16-bit params that act as 24- or 32-bit weights."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -220,7 +219,7 @@ def cast_params(
         stays = dtype not in weights.SPLIT_DTYPES or p.dtype != jnp.float32
         if stays or (keep_float32 and keep_float32(_mirror.path_str(path), p)):
             return p
-        return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
+        return ops.Elementwise(_param_of, dtype, _cast)(p)[0]
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -322,7 +321,7 @@ def _join(params: PyTree, residual: PyTree) -> PyTree:
 def _join_leaf(param: jax.Array, residual: jax.Array) -> jax.Array:
     if not weights.is_split(param):
         return param
-    (weight,) = ops.Elementwise(_join_arrays, None)(param, residual)
+    (weight,) = ops.Elementwise(_join_arrays, None, _join_smoothly)(param, residual)
     return weight
 
 
@@ -331,6 +330,13 @@ def _join_arrays(
 ) -> tuple[jax.Array]:
     del static
     return (weights.codec_of(residual).join(param, residual),)
+
+
+def _join_smoothly(
+    static: None, param: jax.Array, residual: jax.Array
+) -> tuple[jax.Array]:
+    del static, residual
+    return (param.astype(jnp.float32),)
 
 
 @jax.jit
@@ -343,11 +349,8 @@ def _residual_leaf(
     return weights.codec_of(residual).residual(weight, param)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _split_leaf(
-    codec: weights.ResidualCodec, dtype: np.dtype, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return codec.split(weight, dtype)
+def _param_of(dtype: np.dtype, weight: jax.Array) -> tuple[jax.Array]:
+    return (weights.ExactResidual(bits=32).split(weight, dtype)[0],)
 
 
 def _step_leaf(
@@ -375,15 +378,15 @@ def _step_leaf(
     """
     if not weights.is_split(param):
         if not finished:
-            (update,) = ops.Elementwise(_as_dtype, grad.dtype)(update)
+            (update,) = ops.Elementwise(_as_dtype, grad.dtype, _cast)(update)
         new = (param + update).astype(param.dtype)
         return new if finished else update, new, residual
     salt = hashing.salt(path)
     if finished:
-        step = ops.Round(_finish, codec, param.shape)
+        step = ops.Round(_finish, codec, param.shape, _finish_smoothly)
         new, residual = step(start, salt, param, residual, update)
         return new, new, residual
-    step = ops.Round(_add, (codec, grad.dtype), param.shape)
+    step = ops.Round(_add, (codec, grad.dtype), param.shape, _add_smoothly)
     update, new, residual = step(start, salt, param, residual, update)
     return update, new, residual
 
@@ -398,6 +401,17 @@ def _finish(
     """``(param, residual)`` after an update."""
     weight = codec.join(param, residual) + update.astype(jnp.float32)
     return codec.split(weight, param.dtype, hashing.for_weights(bits))
+
+
+def _finish_smoothly(
+    codec: weights.ResidualCodec,
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, None]:
+    del codec, residual
+    new = param.astype(jnp.float32) + update.astype(jnp.float32)
+    return new.astype(param.dtype), None
 
 
 def _add(
@@ -418,8 +432,23 @@ def _add(
     return update.astype(dtype), produced, codec.residual(weight, produced, bits)
 
 
+def _add_smoothly(
+    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, jax.Array, None]:
+    codec, dtype = codec_and_dtype
+    new, _ = _finish_smoothly(codec, param, residual, update)
+    return update.astype(dtype), new, None
+
+
 def _as_dtype(dtype: np.dtype, update: jax.Array) -> tuple[jax.Array]:
     return (_rounded(update, dtype).astype(dtype),)
+
+
+def _cast(dtype: np.dtype, x: jax.Array) -> tuple[jax.Array]:
+    return (x.astype(dtype),)
 
 
 def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
