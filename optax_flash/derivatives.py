@@ -53,7 +53,7 @@ def differentiable(
       ...     (params, _), _ = jax.lax.scan(step, (params, state), length=3)
       ...     return jnp.sum(params)
       >>> print(jax.grad(loss_after_training)(params, state)[0, 0])
-      0.46
+      0.486
     """
 
     def is_ours(node: Any) -> bool:
