@@ -18,6 +18,7 @@ from optax_flash.aliases import trace8 as trace8
 from optax_flash.checkpoint import Checkpoints as Checkpoints
 from optax_flash.convert import from_optax_state as from_optax_state
 from optax_flash.convert import to_optax_state as to_optax_state
+from optax_flash.derivatives import differentiable as differentiable
 from optax_flash.explanation import Explanation as Explanation
 from optax_flash.explanation import explain as explain
 from optax_flash.export import load_safetensors as load_safetensors

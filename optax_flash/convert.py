@@ -55,7 +55,8 @@ def to_optax_state(
     _arguments.check_order(state, params, call)
     params = _init.as_arrays(params)
     described = _described(tx, params)
-    _check_state(jax.eval_shape(lambda p: tx.init(p), params), state, "The state")
+    plain = jax.eval_shape(lambda p: tx.init(p), params)
+    _check_state(plain, _without_carried(state), "The state")
     if _has_master_weights(state):
         params = master_params(params, state)
     return jax.tree.map(_init.like_float32, params), _decode(described, state)
@@ -169,6 +170,19 @@ def _encode(described: PyTree, new: PyTree, plain: PyTree) -> PyTree:
             inner = _encode(node.state.inner_state, own.inner_state, parts[i])
             parts[i] = encode_state(node.config, inner, node.params)
     return structure.unflatten(parts)
+
+
+def _without_carried(state: PyTree) -> PyTree:
+    """The state without what carries derivatives, which no init makes."""
+
+    def is_compressed(node: Any) -> bool:
+        return isinstance(node, CompressState)
+
+    return jax.tree.map(
+        lambda x: x._replace(carried=None) if is_compressed(x) else x,
+        state,
+        is_leaf=is_compressed,
+    )
 
 
 def _is_ours(node: Any) -> bool:

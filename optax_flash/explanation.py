@@ -10,6 +10,7 @@ from optax_flash.fusion import run
 from optax_flash.fusion.choose import PLATFORMS, choose
 from optax_flash.fusion.split import Leaf
 from optax_flash.transforms import _arguments, _init, _mirror
+from optax_flash.transforms._extra_args import with_extra_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def explain(
     platform = _at_hand() if platform is None else _canonical(platform)
     params = _init.as_arrays(params)
     state = jax.eval_shape(tx.init, params)
-    update = optax.with_extra_args_support(tx).update
+    update = with_extra_args(tx).update
     with run.watch() as leaves:
         jax.eval_shape(
             lambda state, params: update(params, state, params, **extra_args)[1],

@@ -13,6 +13,7 @@ from jax import lax
 from optax_flash.fusion import run
 from optax_flash.numerics import groups, weights
 from optax_flash.transforms import _arguments, _init, _mirror, _records
+from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms.compress import CompressState, InCodes, in_codes
 from optax_flash.transforms.master_weights import MasterWeightsState
 
@@ -211,7 +212,7 @@ def _updates(
         weights32.append(p if r is None else weights.codec_of(r).join(p, r))
         grads32.append(g if r is None else g.astype(jnp.float32))
     with run.dry():
-        updates, _ = optax.with_extra_args_support(tx).update(
+        updates, _ = with_extra_args(tx).update(
             structure.unflatten(grads32),
             state,
             structure.unflatten(weights32),

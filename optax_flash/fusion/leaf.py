@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend import core
 from jax.interpreters import mlir
 
@@ -93,7 +94,7 @@ def _one_in_xla(program: Program) -> Callable[..., list[jax.Array]]:
 
 
 update_p = core.Primitive("optax_flash_update")
-ops.define(update_p, _in_xla)
+ops.define(update_p, _in_xla, _in_xla)
 
 
 NEEDS = {
@@ -152,6 +153,11 @@ def _lowering(platform: str) -> Callable[..., Any]:
                         )
             if _is_local(context):
                 function = partition.whole(programs, kernel, sliced)
+                # A kernel sees memory; over which axes it varies does not matter there.
+                ctx = ctx.replace(
+                    avals_in=[_unvarying(x) for x in ctx.avals_in],
+                    avals_out=[_unvarying(x) for x in ctx.avals_out],
+                )
             elif explicit:
                 function = partition.mapped(
                     programs, kernel, ctx.avals_in, ctx.avals_out, sliced
@@ -161,6 +167,11 @@ def _lowering(platform: str) -> Callable[..., Any]:
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     return lower
+
+
+def _unvarying(x: Any) -> jax.core.ShapedArray:
+    """The type of a local array, without the mesh axes over which it varies."""
+    return jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
 
 
 def _is_local(context: Any) -> bool:

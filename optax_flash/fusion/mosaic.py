@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -109,7 +110,7 @@ def _update(shard: Shard, interpret: bool) -> list[jax.Array]:
         grid=(pl.cdiv(m, rows), pl.cdiv(n, columns)),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *map(spec, program.inputs)],
         out_specs=list(map(spec, program.outputs)),
-        out_shape=[jax.ShapeDtypeStruct((m, x.shape[-1]), x.dtype) for x in shapes],
+        out_shape=[jax.core.ShapedArray((m, x.shape[-1]), x.dtype) for x in shapes],
         input_output_aliases={
             1 + donor: i for i, donor in enumerate(program.donors) if donor is not None
         },

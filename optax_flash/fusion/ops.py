@@ -67,6 +67,14 @@ class Op(abc.ABC):
     def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
         """The operation on tiles; the scales of a tile come as a tuple of planes."""
 
+    @abc.abstractmethod
+    def smooth(self, *args: jax.Array) -> tuple[jax.Array | None, ...]:
+        """The operation on whole leaves without its rounding.
+
+        Its derivative stands for the operation's, which is zero almost everywhere. A
+        result without a derivative is None.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Op):
@@ -89,6 +97,10 @@ class Decode(Op):
             decoded.append(x.reshape(tile.shape))
         return tuple(decoded)
 
+    def smooth(self, *args: jax.Array) -> tuple[None, ...]:
+        del args
+        return (None,) * len(self.codecs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Encode(Op):
@@ -105,12 +117,15 @@ class Encode(Op):
         returned too; float32.
       nearest: indices of the fields that are rounded to nearest, not stochastically,
         and whose magnitudes are limited.
+      carried: whether the arrays' derivatives go on beside the codes. Otherwise they
+        would end here, and asking for them raises.
     """
 
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
     errors: tuple[int, ...] = ()
     nearest: tuple[int, ...] = ()
+    carried: bool = False
 
     def bits(self, field: int, of_leaf: jax.Array, most: Any) -> arithmetic.Bits:
         """What decides a field's rounding.
@@ -160,6 +175,21 @@ class Encode(Op):
         codes, scales = zip(*stored, strict=True)
         return *codes, *scales, *errors
 
+    def smooth(self, *args: jax.Array) -> tuple[None, ...]:
+        if not self.carried:
+            raise ValueError(NOT_CARRIED)
+        return (None,) * (2 * len(self.codecs) + len(self.errors))
+
+
+NOT_CARRIED = (
+    "Derivatives through an optimizer update end at its codes, which are integers: "
+    "this update was traced, by jax.jit, lax.scan or lax.cond, before it was "
+    "differentiated. Either put jax.jit outside of jax.grad, as in "
+    "jax.jit(jax.grad(loss)); or start from a state that carries derivatives beside "
+    "the codes, state = optax_flash.differentiable(tx, state, params). Where no "
+    "derivative is wanted, put jax.lax.stop_gradient around gradients and params."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Within(Op):
@@ -189,6 +219,10 @@ class Within(Op):
         bounded = self.of_groups(*(tile.groups(w, self.group) for w in (x, y, z)))
         return (bounded.reshape(tile.shape),)
 
+    def smooth(self, *args: jax.Array) -> tuple[None, ...]:
+        del args
+        return (None,)
+
     def of_groups(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
         """The operation on arrays of shape ``(..., group)``."""
         largest = jnp.max(arithmetic.magnitude_bits(y), axis=-1)
@@ -206,11 +240,13 @@ class Round(Op):
         tuple of arrays.
       static: hashable.
       shape: of the leaf.
+      unrounded: see :meth:`Op.smooth`; called with ``static`` and the arrays.
     """
 
     function: Callable[..., tuple[jax.Array, ...]]
     static: Hashable
     shape: tuple[int, ...]
+    unrounded: Callable[..., tuple[jax.Array | None, ...]]
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
         start, salt, *arrays = args
@@ -221,6 +257,9 @@ class Round(Op):
         start, salt, *arrays = args
         return self.function(self.static, tile.bits(start, salt), *arrays)
 
+    def smooth(self, *args: jax.Array) -> tuple[jax.Array | None, ...]:
+        return self.unrounded(self.static, *args[2:])
+
 
 @dataclasses.dataclass(frozen=True)
 class Elementwise(Op):
@@ -229,10 +268,12 @@ class Elementwise(Op):
     Attributes:
       function: a module-level function that returns a tuple of arrays.
       static: its first argument.
+      unrounded: see :meth:`Op.smooth`; called with the same arguments.
     """
 
     function: Callable[..., tuple[jax.Array, ...]]
     static: Hashable
+    unrounded: Callable[..., tuple[jax.Array | None, ...]]
 
     def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
         return self.function(self.static, *args)
@@ -241,16 +282,47 @@ class Elementwise(Op):
         del tile
         return self.function(self.static, *args)
 
+    def smooth(self, *args: jax.Array) -> tuple[jax.Array | None, ...]:
+        return self.unrounded(self.static, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched(Op):
+    """An operation under ``jax.vmap``; still one equation, or its derivative were lost.
+
+    Attributes:
+      op: the operation.
+      axes: for each operand the axis that is mapped, or None.
+    """
+
+    op: Op
+    axes: tuple[int | None, ...]
+
+    def __call__(self, *args: jax.typing.ArrayLike) -> list[jax.Array]:
+        return batched_op_p.bind(*args, op=self)
+
+    def whole(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vmap(self.op.whole, self.axes)(*args)
+
+    def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
+        raise NotImplementedError("A batched operation is no part of a program.")
+
+    def smooth(self, *args: jax.Array) -> tuple[jax.Array | None, ...]:
+        return jax.vmap(self.op.smooth, self.axes)(*args)
+
 
 def define(
     primitive: core.Primitive,
     function: Callable[..., Callable[..., Any]],
+    smooth: Callable[..., Callable[..., Any]],
 ) -> None:
     """Gives a primitive all its rules, from the plain function that it stands for.
 
     Args:
       primitive: with several results.
       function: from the primitive's parameters to a function of its operands.
+      smooth: likewise, to a function whose derivative is the primitive's. A result
+        without a derivative is None.
     """
     primitive.multiple_results = True
 
@@ -272,14 +344,26 @@ def define(
         return outs, [0] * len(outs)
 
     def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-        tangents = [
-            np.zeros(x.shape, jax.dtypes.float0)
-            if not jnp.issubdtype(x.dtype, jnp.floating)
-            else ad.instantiate_zeros(t)
-            for x, t in zip(primals, tangents, strict=True)
+        outs = primitive.bind(*primals, **params)
+        # Only by what moves: a derivative that is zero may be one that is not there.
+        moved = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+        moved = [i for i in moved if jnp.issubdtype(primals[i].dtype, jnp.floating)]
+
+        def moving(*changed: jax.Array) -> tuple[Any, ...]:
+            operands = list(primals)
+            for i, x in zip(moved, changed, strict=True):
+                operands[i] = x
+            return tuple(smooth(**params)(*operands))
+
+        _, found = jax.jvp(
+            moving, [primals[i] for i in moved], [tangents[i] for i in moved]
+        )
+        return outs, [
+            ad.Zero(jax.typeof(x).to_tangent_aval())
+            if t is None or t.dtype == jax.dtypes.float0
+            else t
+            for x, t in zip(outs, found, strict=True)
         ]
-        outs, out_tangents = jax.jvp(function(**params), primals, tuple(tangents))
-        return outs, out_tangents
 
     def eager(*args: Any, **params: Any) -> Any:
         # jax.config makes its attributes as it runs.
@@ -297,4 +381,15 @@ def define(
 
 
 op_p = core.Primitive("optax_flash_op")
-define(op_p, lambda op: op.whole)
+define(op_p, lambda op: op.whole, lambda op: op.smooth)
+batched_op_p = core.Primitive("optax_flash_batched_op")
+define(batched_op_p, lambda op: op.whole, lambda op: op.smooth)
+
+
+def _batch(args: Any, dims: Any, *, op: Op) -> tuple[Any, list[int]]:
+    outs = Batched(op, tuple(dims))(*args)
+    return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[op_p] = _batch
+batching.primitive_batchers[batched_op_p] = _batch

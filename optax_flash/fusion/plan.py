@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from optax_flash.fusion.ops import Tile
@@ -56,9 +57,9 @@ class Plan(NamedTuple):
     units: int
     starts: list[int]
 
-    def flat_results(self) -> list[jax.ShapeDtypeStruct]:
-        """Shapes of the results as the kernel writes them."""
-        return [jax.ShapeDtypeStruct((x.size,), x.dtype) for x in self.results]
+    def flat_results(self) -> list[jax.core.ShapedArray]:
+        """Types of the results as the kernel writes them; they vary over no axis."""
+        return [jax.core.ShapedArray((x.size,), x.dtype) for x in self.results]
 
     def by_leaf(self, out: list[jax.Array]) -> list[list[jax.Array]]:
         """What the kernel wrote, in the leaves' shapes."""

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion.ops import Decode, Encode, Op, Round, Tile, op_p
-from optax_flash.fusion.slices import constant
+from optax_flash.fusion.slices import CASTS, constant
 from optax_flash.numerics.codecs import Codec
 
 
@@ -140,7 +140,7 @@ ELEMENTWISE = frozenset(
     "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem "
     "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sqrt square stop_gradient sub tan tanh xor".split()
-)
+).union(CASTS)
 """Primitives that compute each element of the result from one of each operand."""
 
 CALLS = {
@@ -155,6 +155,7 @@ CALLS = {
 WORDS = {
     "dot_general": "a matrix product",
     "conv_general_dilated": "a convolution",
+    "optax_flash_batched_op": "it is under jax.vmap inside of another update",
     "cond": "lax.cond chooses between computations",
     "while": "a loop",
     "scan": "a loop",
@@ -243,7 +244,7 @@ def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
         return (x if scalar or jnp.ndim(x) else jnp.broadcast_to(x, tile.shape),)
     if name == "convert_element_type":
         return (lax.convert_element_type(x, params["new_dtype"]),)
-    if name in ("copy", "copy_p", "stop_gradient"):
+    if name in ("copy", "copy_p", "stop_gradient") or name in CASTS:
         return (x,)
     if name == "square":
         return (x * x,)

@@ -16,6 +16,7 @@ from jax.extend import core
 from optax_flash.fusion import leaf as leaves
 from optax_flash.fusion import split as splits
 from optax_flash.fusion.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
+from optax_flash.fusion.moves import moves
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.slices import constant
 from optax_flash.numerics import hashing
@@ -32,14 +33,20 @@ class _Trace:
       implementations: those that they ask for.
       start: of their random bits, :func:`hashing.start` of the outermost one's step.
         Sharing it, they share one hash of each element.
+      differentiated: whether derivatives go through this update.
       level: the state of jax's tracing where the start is known. Inside of another jit
         it must not be used: jax would keep what is traced there for the next update,
         with this one's start.
     """
 
     implementations: set[str]
+    differentiated: bool
     start: Any = None
     level: Any = None
+
+    def is_here(self) -> bool:
+        """Whether what it knows is true where jax is tracing."""
+        return self.level == core.get_opaque_trace_state(convention="flax")
 
 
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
@@ -86,6 +93,15 @@ def dry() -> Iterator[None]:
 def is_dry() -> bool:
     """Whether an update is only to be looked at."""
     return _dry.get()
+
+
+def is_differentiated() -> bool:
+    """Whether derivatives go through the update that is being traced.
+
+    False where that is not known yet: inside of a jit, scan or cond.
+    """
+    trace = _trace.get()
+    return trace is not None and trace.differentiated and trace.is_here()
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -142,32 +158,43 @@ def run(
     if trace is not None:
         if implementation is not None:
             trace.implementations.add(implementation)
-        if trace.level == core.get_opaque_trace_state(convention="flax"):
+        if trace.is_here():
             return update(trace.start, updates, state, params)
     if trace is not None or is_dry():
         start = hashing.start(optax.safe_increment(state.step))
         return update(start, updates, state, params)
 
-    trace = _Trace({implementation} if implementation else set())
-    structure = []
-
-    def flat(*operands: Any) -> list[Any]:
-        updates, state, params = jax.tree.unflatten(treedef, operands)
-        trace.start = hashing.start(optax.safe_increment(state.step))
-        trace.level = core.get_opaque_trace_state(convention="flax")
-        token = _trace.set(trace)
-        try:
-            out = update(trace.start, updates, state, params)
-        finally:
-            _trace.reset(token)
-        results, out_treedef = jax.tree.flatten(out)
-        structure.append((out_treedef, jax.tree.structure(out[1])))
-        return results
-
     operands, treedef = jax.tree.flatten((updates, state, params))
     operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
-    closed = jax.make_jaxpr(flat)(*operands)
-    out_treedef, new_state = structure[0]
+
+    def traced(differentiated: bool) -> tuple[core.ClosedJaxpr, Any, set[str]]:
+        trace = _Trace({implementation} if implementation else set(), differentiated)
+        structure = []
+
+        def flat(*operands: Any) -> list[Any]:
+            updates, state, params = jax.tree.unflatten(treedef, operands)
+            trace.start = hashing.start(optax.safe_increment(state.step))
+            trace.level = core.get_opaque_trace_state(convention="flax")
+            token = _trace.set(trace)
+            try:
+                out = update(trace.start, updates, state, params)
+            finally:
+                _trace.reset(token)
+                # Nothing of this trace outlives it.
+                trace.start = trace.level = None
+            results, out_treedef = jax.tree.flatten(out)
+            structure.append((out_treedef, jax.tree.structure(out[1])))
+            return results
+
+        closed = jax.make_jaxpr(flat)(*operands)
+        return closed, structure[0], trace.implementations
+
+    differentiated = moves(operands)
+    closed, structure, implementations = traced(differentiated)
+    if not differentiated and moves(closed.consts):
+        # By a hyperparameter, for example, that the transformation was made with.
+        closed, structure, implementations = traced(True)
+    out_treedef, new_state = structure
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves
     donors = {}
@@ -181,7 +208,7 @@ def run(
         splits.split(closed.jaxpr, names, donors),
         closed,
         [*closed.consts, *operands],
-        _one(trace.implementations),
+        _one(implementations),
     )
     return jax.tree.unflatten(out_treedef, results)
 

@@ -28,6 +28,31 @@ def slice_equations(
     return kept[::-1]
 
 
+CASTS = frozenset({"pvary"})
+"""Primitives that change what jax knows of an array inside of shard_map, no number."""
+
+
+def scalar_casts(eqns: Iterable[Any]) -> dict[Any, Any]:
+    """The casts of scalars among equations, by their results.
+
+    Where a leaf varies over a mesh axis, jax casts every scalar that meets it.
+    """
+    return {
+        eqn.outvars[0]: eqn
+        for eqn in eqns
+        if eqn.primitive.name in CASTS and not eqn.outvars[0].aval.shape
+    }
+
+
+def casts_of(x: Any, casts: dict[Any, Any]) -> list[Any]:
+    """The casts by which a scalar was made of another, last first."""
+    found = []
+    while not isinstance(x, core.Literal) and x in casts:
+        found.append(casts[x])
+        (x,) = casts[x].invars
+    return found
+
+
 def constant(literal: Any) -> np.ndarray:
     """The value of a literal."""
     return np.asarray(literal.val, literal.aval.dtype)

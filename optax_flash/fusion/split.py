@@ -19,7 +19,7 @@ from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.reciprocals import with_reciprocals
-from optax_flash.fusion.slices import jaxpr_of, slice_equations
+from optax_flash.fusion.slices import casts_of, jaxpr_of, scalar_casts, slice_equations
 
 
 class Leaf(NamedTuple):
@@ -72,7 +72,7 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     jaxpr = with_reciprocals(inline(jaxpr))
     operands = [*jaxpr.constvars, *jaxpr.invars]
     is_operand = set(operands)
-    groups = _Groups()
+    groups = _Groups(scalar_casts(jaxpr.eqns))
     arrays = [x for x in jaxpr.outvars if _is_array(x) and x not in is_operand]
     for x in arrays:
         groups.add(x)
@@ -126,9 +126,13 @@ TWICE = "elementwise, after a pass over it that computes scalars"
 
 
 class _Groups:
-    """Arrays that belong together, each set with its equations."""
+    """Arrays that belong together, each set with its equations.
 
-    def __init__(self) -> None:
+    Casts of scalars go with the arrays that they meet: leaves share what was cast.
+    """
+
+    def __init__(self, casts: dict[Any, Any]) -> None:
+        self.casts = casts
         self.parent: dict[Any, Any] = {}
         self.eqns: dict[Any, list[core.JaxprEqn]] = {}
         self.reasons: dict[Any, str] = {}
@@ -170,7 +174,10 @@ class _Groups:
             if _is_array(x):
                 self.add(x)
                 root = self.union(root, x)
-        self.eqns.setdefault(self.find(root), []).append(eqn)
+        eqns = self.eqns.setdefault(self.find(root), [])
+        eqns.append(eqn)
+        for x in eqn.invars:
+            eqns.extend(casts_of(x, self.casts))
 
 
 def _leaves(
@@ -202,7 +209,8 @@ def _leaves(
     for root, (arrays, results) in members.items():
         if not results:
             continue
-        eqns = sorted(groups.eqns.get(root, []), key=lambda eqn: place[id(eqn)])
+        eqns = {place[id(eqn)]: eqn for eqn in groups.eqns.get(root, [])}
+        eqns = [eqns[i] for i in sorted(eqns)]
         found_names = tuple(dict.fromkeys(names_of.get(root, ())))
         reason = groups.reasons.get(root)
         shape = None if reason else programs.leaf_shape(eqns)

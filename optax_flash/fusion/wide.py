@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optax_flash.fusion.slices import constant
+from optax_flash.fusion.slices import CASTS, constant
 
 DTYPES = frozenset("float32 bfloat16 int32 uint32 int16 uint16 int8 uint8 bool".split())
 """Those that can be held."""
@@ -23,7 +23,7 @@ UNSUPPORTED = frozenset("cbrt expm1".split())
 _UINT32 = np.dtype(np.uint32)
 _LOWEST = np.int32(-(2**31))
 _COMPARISONS = frozenset("eq ne lt le gt ge".split())
-_SAME = frozenset("copy copy_p expand_dims reshape squeeze stop_gradient".split())
+_SAME = CASTS.union("copy copy_p expand_dims reshape squeeze stop_gradient".split())
 
 
 def hold(x: Any) -> Any:

@@ -82,6 +82,7 @@ def with_feedback(
     update: Callable[[PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
     momenta: dict[int, ByParam],
+    differentiated: bool = False,
 ) -> tuple[PyTree, PyTree, Feedback]:
     """An update, and how its momenta's rounding errors are made up for.
 
@@ -89,6 +90,8 @@ def with_feedback(
       update: from a state to updates and the new state.
       state: a tree of arrays.
       momenta: leaves of it: of each field, by the index of the updates' leaf.
+      differentiated: whether derivatives go through the update. They do not go through
+        the gains.
 
     Returns:
       Updates; the new state; and the feedback, in which a momentum is missing where
@@ -122,17 +125,27 @@ def with_feedback(
     for field, response in responses.items():
         outs, found[field] = response.first(leaves)
         results = results or outs
+    if differentiated:
+        # The results so far have no derivative where elements meet others.
+        results = []
     results = results or core.jaxpr_as_fun(closed)(*leaves)
+
+    def still(tree: PyTree) -> PyTree:
+        return jax.tree.map(lax.stop_gradient, tree) if differentiated else tree
 
     def gains(stored: PyTree) -> dict[int, dict[int, Gain]]:
         new_leaves = treedef.flatten_up_to(stored)
-        return {
-            field: response.gains(found[field], new_leaves)
-            for field, response in responses.items()
-        }
+        gains = {}
+        for field, response in responses.items():
+            of_field = response.gains(found[field], new_leaves)
+            gains[field] = {
+                i: Gain(*still((x.value, x.kept)), x.uniform)
+                for i, x in of_field.items()
+            }
+        return gains
 
     fed = {
-        field: response.present_gains(found[field])
+        field: still(response.present_gains(found[field]))
         for field, response in responses.items()
     }
     exact = {field: response.exact for field, response in responses.items()}

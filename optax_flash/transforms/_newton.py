@@ -137,9 +137,10 @@ def _orthonormal(
     would square the condition number of what multiplies the gradient.)
     """
     rank = factor.shape[-2]
-    lengths = jnp.sqrt(_diagonal(gram))
-    # Written so that NaN is not taken for zero.
-    inverse = jnp.where(lengths <= SMALLEST, 0.0, 1 / lengths)
+    lengths = _root(_diagonal(gram))
+    # Written so that NaN is not taken for zero, and the derivative is not NaN.
+    absent = lengths <= SMALLEST
+    inverse = jnp.where(absent, 0.0, 1 / jnp.where(absent, 1.0, lengths))
     eye = jnp.eye(rank, dtype=jnp.float32)
     unit = gram * inverse * jnp.swapaxes(inverse, -1, -2)
     cholesky = jax.lax.linalg.cholesky(unit + damping * eye, symmetrize_input=False)
@@ -172,8 +173,14 @@ def _bounded(step: Any, limit: Any) -> Any:
     smaller than its target: after a row of zero gradients, or at a spike. With right's
     step at most 1 / gain, the product ends at most a share of gain beyond its target.
     """
-    length = jnp.sqrt(jnp.sum(step * step, axis=-1, keepdims=True))
+    length = _root(jnp.sum(step * step, axis=-1, keepdims=True))
     return step * jnp.minimum(1.0, limit / jnp.maximum(length, SMALLEST))
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """The square root; its derivative at zero counts as zero, where it is infinite."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, x)))
 
 
 def _diagonal(matrix: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import _dtypes, _feedback, _init, _mirror, _records
+from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._rules import (
     FACTOR_FIELDS,
     Codecs,
@@ -35,11 +36,16 @@ class CompressState(NamedTuple):
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
         params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
         compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
+      carried: None, except where derivatives go through updates. Then for each
+        compressed field, as ``"mu_carried"``, a tree that mirrors the params, of zeros
+        whose derivatives are those of the arrays in codes; None for a leaf that is not
+        compressed. # shape of the leaf, float32
     """
 
     step: jax.typing.ArrayLike
     inner_state: optax.OptState
     scales: dict[str, PyTree]
+    carried: dict[str, PyTree] | None = None
 
 
 def compress(
@@ -129,7 +135,7 @@ def compress(
       bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349); error feedback
       that of 1-bit SGD (Seide et al., 2014), which keeps errors in an array of its own.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     rules = Rules.parse(codecs, min_size)
     run.check_implementation(implementation)
 
@@ -192,11 +198,19 @@ def compress(
                 return new_updates, _dtypes.kept(new_state, inner_state)
 
             momenta = _momenta(bundles, error_feedback)
+            carries = state.carried is not None or run.is_differentiated()
             new_updates, inner_state, feedback = _feedback.with_feedback(
-                inner_update, inner_state, momenta
+                inner_update, inner_state, momenta, carries
             )
             new_state, stored, momenta = _encode(
-                rules, bundles, feedback, inner_state, new_updates, start, state
+                rules,
+                bundles,
+                feedback,
+                inner_state,
+                new_updates,
+                start,
+                state,
+                carries,
             )
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
@@ -267,10 +281,12 @@ def decode_state(rules: Rules, state: CompressState, params: PyTree) -> PyTree:
     for field in rules.fields(parts):
         entries = list(parts[field.part].entries)
         scales = _mirror.entries(state.scales[field.key], params)
+        carried = _carried(state, field, jax.tree.structure(params))
         for i, row in enumerate(zip(paths, shapes, entries, scales, strict=True)):
             stored = _stored(rules, field, *row)
             if stored is not None:
-                entries[i] = _decode_array(*stored, entries[i], scales[i])
+                x = _decode_array(*stored, entries[i], scales[i])
+                entries[i] = _with_derivative(x, carried[i])
         parts[field.part] = parts[field.part].rebuild(entries)
     return join(_trees(parts))
 
@@ -428,6 +444,7 @@ def _encode(
     updates: PyTree,
     start: jax.Array,
     old: CompressState,
+    carries: bool,
 ) -> tuple[CompressState, PyTree, dict[int, dict[int, _Rounded]]]:
     """The state after a step, its arrays in codes again.
 
@@ -441,6 +458,7 @@ def _encode(
     values = [list(parts[field.part].entries) for field in fields]
     decoded = [list(column) for column in values]
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
+    carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
     for name, i, of_param, codecs, shape, old_arrays in bundles:
         arrays = [values[j][i] for j in of_param]
@@ -450,9 +468,10 @@ def _encode(
             _most(arrays[n], old_arrays[n], leaves[i], feedback.fed[of_param[n]][i])
             for n in fed
         ]
-        op = ops.Encode(codecs, shape, tuple(told), tuple(fed))
+        op = ops.Encode(codecs, shape, tuple(told), tuple(fed), carries)
         encoded = op(start, hashing.salt(name), *arrays, *most)
         for n, j in enumerate(of_param):
+            carried[j][i] = _derivative_of(arrays[n]) if carries else None
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
         for n, error in zip(told, encoded[2 * len(of_param) :], strict=True):
             j = of_param[n]
@@ -467,6 +486,12 @@ def _encode(
             field.key: structure.unflatten(entries)
             for field, entries in zip(fields, scales, strict=True)
         },
+        carried={
+            _carried_key(field): structure.unflatten(entries)
+            for field, entries in zip(fields, carried, strict=True)
+        }
+        if carries
+        else None,
     )
     return state, _rejoined(parts, fields, decoded, join), momenta
 
@@ -524,6 +549,7 @@ def _decode(
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
     scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
+    carried = [_carried(state, field, structure) for field in fields]
     stored = [
         [
             _stored(rules, field, path, shape, x, scale)
@@ -534,13 +560,88 @@ def _decode(
     bundles = _bundles(stored, fields, paths, shapes)
     for k, (_, i, of_param, codecs, shape, _) in enumerate(bundles):
         codes = [columns[j][i] for columns in (values, scales) for j in of_param]
-        arrays = ops.Decode(codecs, shape)(*codes)
+        arrays = [
+            _with_derivative(x, carried[j][i])
+            for j, x in zip(of_param, ops.Decode(codecs, shape)(*codes), strict=True)
+        ]
         bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
         for j, x in zip(of_param, arrays, strict=True):
             values[j][i] = x
     for field, entries in zip(fields, values, strict=True):
         parts[field.part] = parts[field.part].rebuild(entries)
     return join(_trees(parts)), bundles
+
+
+def with_carried(rules: Rules, state: CompressState, params: PyTree) -> CompressState:
+    """The same state, which carries derivatives from here on.
+
+    Args:
+      rules: of the transformation that the state is of.
+      state: its codes.
+      params: anything that has their paths and shapes.
+
+    Raises:
+      ValueError: the state is not of these rules or params.
+    """
+    if state.carried is not None:
+        return state
+    _, bundles = _decode(rules, state, params, _mirror.leaf_paths(params))
+    parts, _ = _checked_parts(rules, state, params)
+    fields = rules.fields(parts)
+    structure = jax.tree.structure(params)
+    carried = [[None] * structure.num_leaves for _ in fields]
+    for bundle in bundles:
+        for j, x in zip(bundle.fields, bundle.arrays, strict=True):
+            carried[j][bundle.param] = _derivative_of(x)
+    return state._replace(
+        carried={
+            _carried_key(field): structure.unflatten(entries)
+            for field, entries in zip(fields, carried, strict=True)
+        }
+    )
+
+
+def _carried_key(field: Field) -> str:
+    return f"{field.name}_carried"
+
+
+def _carried(state: CompressState, field: Field, structure: Any) -> list[Any]:
+    """What carries the derivatives of a field's entries; None where nothing does."""
+    if state.carried is None:
+        return [None] * structure.num_leaves
+    return structure.flatten_up_to(state.carried[_carried_key(field)])
+
+
+def _derivative_of(x: jax.Array) -> jax.Array:
+    """Zeros whose derivative is the array's, which its codes cannot have."""
+    return ops.Elementwise(_zeros, None, _itself)(x)[0]
+
+
+def _with_derivative(x: jax.Array, carried: jax.Array | None) -> jax.Array:
+    """The array, with the derivative that was carried beside its codes."""
+    if carried is None:
+        return x
+    return ops.Elementwise(_first, None, _sum)(x, carried)[0]
+
+
+def _zeros(static: None, x: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (jnp.zeros_like(x, dtype=jnp.float32),)
+
+
+def _itself(static: None, x: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (x.astype(jnp.float32),)
+
+
+def _first(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
+    del static, carried
+    return (x,)
+
+
+def _sum(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
+    del static
+    return (x + carried,)
 
 
 def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:

@@ -1,6 +1,5 @@
 """``master_weights``: 16-bit params that act as 24- or 32-bit weights."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from optax_flash.transforms import (
     _mirror,
     _records,
 )
+from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -130,7 +130,7 @@ def master_weights(
       Weight splitting: FlashOptim (arXiv 2602.23349). Pieces of the float's own bits:
       "param remainders" of NVIDIA's TransformerEngine.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     residual_codec = weights.get_residual_codec(codec, bits)
     run.check_implementation(implementation)
 
@@ -279,7 +279,7 @@ def cast_params(
         stays = dtype not in weights.SPLIT_DTYPES or not is_float32
         if stays or (keep_float32 and keep_float32(path, p)):
             return p
-        return _split_leaf(weights.ExactResidual(bits=32), dtype, p)[0]
+        return ops.Elementwise(_param_of, dtype, _cast)(p)[0]
 
     return _mirror.map_with_path(cast, params)
 
@@ -416,7 +416,7 @@ def _join_leaf(param: Any, residual: Any) -> Any:
         return param
     if not hasattr(residual, "dtype"):
         return _init.like_float32(param)
-    (weight,) = ops.Elementwise(_join_arrays, None)(param, residual)
+    (weight,) = ops.Elementwise(_join_arrays, None, _join_smoothly)(param, residual)
     return weight
 
 
@@ -425,6 +425,13 @@ def _join_arrays(
 ) -> tuple[jax.Array]:
     del static
     return (weights.codec_of(residual).join(param, residual),)
+
+
+def _join_smoothly(
+    static: None, param: jax.Array, residual: jax.Array
+) -> tuple[jax.Array]:
+    del static, residual
+    return (param.astype(jnp.float32),)
 
 
 def _residual_leaf(weight: Any, param: Any, residual: Any) -> Any:
@@ -441,11 +448,8 @@ def _residual_array(
     return weights.codec_of(residual).residual(weight, param)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _split_leaf(
-    codec: weights.ResidualCodec, dtype: np.dtype, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return codec.split(weight, dtype)
+def _param_of(dtype: np.dtype, weight: jax.Array) -> tuple[jax.Array]:
+    return (weights.ExactResidual(bits=32).split(weight, dtype)[0],)
 
 
 def _step_leaf(
@@ -477,15 +481,15 @@ def _step_leaf(
     dtype = _dtypes.wider(grad, param)
     if not weights.is_split(param) or not hasattr(residual, "dtype"):
         if not finished and jnp.issubdtype(grad.dtype, jnp.inexact):
-            (update,) = ops.Elementwise(_as_dtype, dtype)(update)
+            (update,) = ops.Elementwise(_as_dtype, dtype, _cast)(update)
         new = _applied(param, update)
         return new if finished else update, new, residual
     salt = hashing.salt(path)
     if finished:
-        step = ops.Round(_finish, codec, param.shape)
+        step = ops.Round(_finish, codec, param.shape, _finish_smoothly)
         new, residual = step(start, salt, param, residual, update)
         return new, new, residual
-    step = ops.Round(_add, (codec, dtype), param.shape)
+    step = ops.Round(_add, (codec, dtype), param.shape, _add_smoothly)
     update, new, residual = step(start, salt, param, residual, update)
     return update, new, residual
 
@@ -511,6 +515,17 @@ def _finish(
     return codec.split(weight, param.dtype, hashing.for_weights(bits))
 
 
+def _finish_smoothly(
+    codec: weights.ResidualCodec,
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, None]:
+    del codec, residual
+    new = param.astype(jnp.float32) + update.astype(jnp.float32)
+    return new.astype(param.dtype), None
+
+
 def _add(
     codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
     bits: jax.Array,
@@ -529,8 +544,23 @@ def _add(
     return update.astype(dtype), produced, codec.residual(weight, produced, bits)
 
 
+def _add_smoothly(
+    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
+    param: jax.Array,
+    residual: jax.Array,
+    update: jax.Array,
+) -> tuple[jax.Array, jax.Array, None]:
+    codec, dtype = codec_and_dtype
+    new, _ = _finish_smoothly(codec, param, residual, update)
+    return update.astype(dtype), new, None
+
+
 def _as_dtype(dtype: np.dtype, update: jax.Array) -> tuple[jax.Array]:
     return (_rounded(update, dtype).astype(dtype),)
+
+
+def _cast(dtype: np.dtype, x: jax.Array) -> tuple[jax.Array]:
+    return (x.astype(dtype),)
 
 
 def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
