@@ -56,18 +56,19 @@ def _context(mesh: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """The tree with arrays in place of Python's numbers; other leaves stay."""
+    """The tree with arrays in place of Python's numbers; itself if there are none."""
+
+    def is_number(x: Any) -> bool:
+        return isinstance(x, numbers.Number) and not hasattr(x, "dtype")
+
+    if not any(map(is_number, jax.tree.leaves(tree))):
+        return tree
     return jax.tree.map(
-        lambda x: (
-            jnp.asarray(x, jnp.result_type(x))
-            if isinstance(x, numbers.Number) and not hasattr(x, "dtype")
-            else x
-        ),
-        tree,
+        lambda x: jnp.asarray(x, jnp.result_type(x)) if is_number(x) else x, tree
     )
 
 
-def like_float32(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
+def like_float32(x: Any) -> Any:
     """A param as the wrapped optimizer sees it: half precision becomes float32.
 
     So do 8-bit floats. What is not real floating stays as it is.

@@ -748,12 +748,13 @@ def _bundles(
     bundles = []
     for i, of_param in enumerate(zip(*stored, strict=True)):
         present = [(j, *entry) for j, entry in enumerate(of_param) if entry]
-        alike = [(j, codec) for j, codec, shape in present if shape == shapes[i]]
-        if alike:
+        own = shapes[i]
+        alike = [(j, codec) for j, codec, shape in present if shape == own]
+        if alike and own is not None:
             js, codecs = zip(*alike, strict=True)
-            bundles.append(_Bundle(paths[i], i, js, codecs, shapes[i]))
+            bundles.append(_Bundle(paths[i], i, js, codecs, own))
         for j, codec, shape in present:
-            if shape != shapes[i]:
+            if shape != own:
                 name = f"{paths[i]}/{fields[j].name}"
                 bundles.append(_Bundle(name, i, (j,), (codec,), shape))
     return bundles

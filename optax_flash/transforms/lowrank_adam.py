@@ -255,7 +255,7 @@ def scale_by_lowrank_adam(
             g32 = _init.in_float32(g)
             if not _is_absent(row["mu"]):
                 mu = b1 * row["mu"] + (1 - b1) * g32
-                nu = b2 * row["nu"] + ((1 - b2) * g32 * g32.conj()).real
+                nu = b2 * row["nu"] + jnp.real((1 - b2) * g32 * jnp.conj(g32))
                 u = _direction(mu, nu, **scalars)
                 row = row | {"mu": mu, "nu": nu}
             else:

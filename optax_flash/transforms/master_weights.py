@@ -592,19 +592,21 @@ def _tracked(params: PyTree, residual: PyTree) -> list[tuple[str, Any]]:
 
 
 def _new_digest(
-    old: jax.Array, residual: PyTree, params: PyTree, new_residual: PyTree
-) -> jax.Array:
+    old: jax.Array | None, residual: PyTree, params: PyTree, new_residual: PyTree
+) -> jax.Array | None:
     """The digest of a state, of which some params have changed.
 
     Args:
-      old: the state's digest.
+      old: the state's digest; None where it has none yet.
       residual: its residuals.
       params: may lack some of those that the state is of.
       new_residual: may lack the same.
     """
     new = _digest(params, new_residual)
     changed = _mirror.present(residual, new_residual)
-    return new if all(changed) else old.at[np.flatnonzero(changed)].set(new)
+    if all(changed):
+        return new
+    return None if old is None else old.at[np.flatnonzero(changed)].set(new)
 
 
 def _digest(params: optax.Params, residual: PyTree) -> jax.Array:
