@@ -111,7 +111,7 @@ def whole(program: Program) -> Any:
 def misfit(eqn: Any) -> str | None:
     """Why an equation that makes an array cannot be a part of a program, in words."""
     name = eqn.primitive.name
-    if eqn.primitive is op_p:
+    if eqn.primitive is op_p or name in CASTS:
         return None
     if name == "broadcast_in_dim":
         shape = eqn.invars[0].aval.shape
@@ -140,7 +140,7 @@ ELEMENTWISE = frozenset(
     "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem "
     "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sqrt square stop_gradient sub tan tanh xor".split()
-).union(CASTS)
+)
 """Primitives that compute each element of the result from one of each operand."""
 
 CALLS = {
