@@ -26,7 +26,7 @@ def differentiable(
     *inside* of ``jax.grad`` an update cannot see it. It carries derivatives there if it
     is given a state that does, as this function makes it.
 
-    Values do not change by a bit. The zeros take 4 bytes for each number in codes;
+    Values stay what they are. The zeros take 4 bytes for each number in codes;
     ``optax.tree.set(state, carried=None)`` drops them.
 
     Args:

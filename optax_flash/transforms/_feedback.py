@@ -114,38 +114,36 @@ def with_feedback(
         return *update(state), NONE
     jaxpr = inline(closed.jaxpr)
     count = updates.num_leaves
+
+    def still(arrays: list[Any]) -> list[Any]:
+        """What gains are computed from: a rounding error has no derivative."""
+        return list(map(lax.stop_gradient, arrays)) if differentiated else arrays
+
     responses = {}
     for field, by_param in momenta.items():
         at = {i: place[id(x)] for i, x in by_param.items()}
-        response = _Response.of(jaxpr, closed.consts, count, at)
+        response = _Response.of(jaxpr, still(closed.consts), count, at)
         if response.at:
             responses[field] = response
     results: list[Any] = []
     found = {}
     for field, response in responses.items():
-        outs, found[field] = response.first(leaves)
+        outs, found[field] = response.first(still(leaves))
         results = results or outs
     if differentiated:
         # The results so far have no derivative where elements meet others.
         results = []
     results = results or core.jaxpr_as_fun(closed)(*leaves)
 
-    def still(tree: PyTree) -> PyTree:
-        return jax.tree.map(lax.stop_gradient, tree) if differentiated else tree
-
     def gains(stored: PyTree) -> dict[int, dict[int, Gain]]:
-        new_leaves = treedef.flatten_up_to(stored)
-        gains = {}
-        for field, response in responses.items():
-            of_field = response.gains(found[field], new_leaves)
-            gains[field] = {
-                i: Gain(*still((x.value, x.kept)), x.uniform)
-                for i, x in of_field.items()
-            }
-        return gains
+        new_leaves = still(treedef.flatten_up_to(stored))
+        return {
+            field: response.gains(found[field], new_leaves)
+            for field, response in responses.items()
+        }
 
     fed = {
-        field: still(response.present_gains(found[field]))
+        field: response.present_gains(found[field])
         for field, response in responses.items()
     }
     exact = {field: response.exact for field, response in responses.items()}

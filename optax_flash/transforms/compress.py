@@ -585,7 +585,8 @@ def with_carried(rules: Rules, state: CompressState, params: PyTree) -> Compress
     """
     if state.carried is not None:
         return state
-    _, bundles = _decode(rules, state, params, _mirror.leaf_paths(params))
+    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
+    _, bundles = _decode(rules, state, params, paths, shapes)
     parts, _ = _checked_parts(rules, state, params)
     fields = rules.fields(parts)
     structure = jax.tree.structure(params)
