@@ -77,18 +77,19 @@ def compress(
     Params may have leaves that gradients lack, such as the functions of an Equinox
     module. Where gradients are None or MaskedNode, the state does not change.
 
-    With error feedback, what rounding adds to a momentum :math:`m` is taken off the
-    update at once, with all that it will do to later ones:
+    With error feedback, the update is corrected at once for the rounding error of a
+    momentum :math:`m`, including its effect on all later updates:
 
     .. math::
-      u_t \leftarrow u_t - \frac{\partial u_t / \partial m_{t-1}}
-        {1 - \partial m_t / \partial m_{t-1}}
+      u_t \leftarrow u_t - \frac{\partial u_{t+1} / \partial m_t}
+        {1 - \partial m_{t+1} / \partial m_t}
         \left(\mathrm{decode}(c_t) - m_t\right)
 
-    A single update is less exact then, and the sum of updates far more exact: errors of
-    rounding no longer add up in the params. The derivatives are those of an element by
-    itself; where an update does not depend on a momentum element by element, as Muon's
-    and Lion's do not, nothing is taken off.
+    A single update is less exact then, and the sum of updates far more exact: rounding
+    errors do not accumulate in the params. The momentum is rounded to nearest, and
+    corrections are bounded by the gradient's own effect and the group's largest update.
+    Derivatives are those of an element by itself; where an update does not depend on a
+    momentum element by element, as Muon's and Lion's do not, it is not corrected.
 
     Args:
       inner: the transformation, for example ``optax.adamw(1e-3)``. It sees params and
