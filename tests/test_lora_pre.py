@@ -438,8 +438,8 @@ def test_bad_ranks(make, rank):
 def test_bad_input():
     with pytest.raises(ValueError, match="'none'.*'matched', 'paper'"):
         scale_by_lora_pre(4, bias_correction="none")
-    with pytest.raises(ValueError, match="param 'steps' has dtype int32"):
-        scale_by_lora_pre(4).init({"steps": jnp.ones((8, 8), jnp.int32)})
+    with pytest.raises(ValueError, match="param 'steps' is a PjitFunction"):
+        scale_by_lora_pre(4).init({"steps": jnp.tanh})
     with pytest.raises(ValueError, match=r"param 'b' has the shape \[3\]"):
         optax_flash.scale_by_lora_pre_muon(4).init({"b": jnp.ones(3)})
     tx = scale_by_lora_pre(4)

@@ -176,6 +176,26 @@ def test_complex_params_of_our_own_mathematics(name):
     np.testing.assert_allclose(updates["c"], scale * expected["c"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_what_is_not_real_is_not_factored(dtype):
+    """Its state is Adam's own, and abstract params make the state that arrays make."""
+    params = {"w": normal(0), "odd": jnp.ones((64, 64), dtype)}
+    stock = optax.scale_by_adam().init(params)
+    state = optax_flash.scale_by_lora_pre(4).init(params)
+    assert state.mu_left["odd"] == optax.MaskedNode()
+    chex.assert_trees_all_equal(state.mu["odd"], stock.mu["odd"])
+    shapes = jax.eval_shape(lambda: params)
+    for tx in (
+        optax_flash.scale_by_lora_pre(4),
+        optax_flash.scale_by_lowrank_adam(4),
+        optax_flash.tame(1.0),
+        optax_flash.adamw4(1e-3),
+        master_weights(optax_flash.adamw8(1e-3), finished=True),
+    ):
+        abstract, state = tx.init(shapes), tx.init(params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
+
+
 class TestWholeNumbersUnderMasterWeights:
     """int8 weights of a quantized base, frozen by optax.partition."""
 

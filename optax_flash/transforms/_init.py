@@ -84,9 +84,13 @@ def like_float32(x: Any) -> Any:
 
 
 def in_float32(x: jax.Array) -> jax.Array:
-    """A gradient or param in float32; complex numbers stay complex."""
-    complexes = jnp.issubdtype(x.dtype, jnp.complexfloating)
-    return x if complexes else x.astype(jnp.float32)
+    """A gradient in float32; complex numbers stay complex."""
+    return x.astype(float32_of(x))
+
+
+def float32_of(x: Any) -> Any:
+    """The dtype of a first moment: float32, or the param's own if that is complex."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32
 
 
 def not_constant(state: PyTree) -> PyTree:

@@ -168,7 +168,7 @@ def scale_by_lowrank_adam(
                         path, field, p
                     )
             else:
-                row["mu"] = jnp.zeros_like(_init.in_float32(p))
+                row["mu"] = jnp.zeros_like(p, dtype=_init.float32_of(p))
                 row["nu"] = jnp.zeros_like(p, dtype=jnp.float32)
             rows.append(row)
         return _state(jnp.zeros([], jnp.int32), params, rows)

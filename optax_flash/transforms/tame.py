@@ -102,7 +102,9 @@ def tame(
         params = _init.as_arrays(params)
         return TameState(
             count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, jax.tree.map(_init.in_float32, params)),
+            mu=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=_init.float32_of(p)), params
+            ),
             nu=optax.tree.zeros_like(params, dtype=jnp.float32),
             clipped=jnp.zeros([], jnp.float32),
         )
