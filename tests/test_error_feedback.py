@@ -167,7 +167,7 @@ def test_master_weights_get_it():
     """With the residual, params in bfloat16 follow those in float32."""
     inner = optax_flash.compress(optax.sgd(1e-3, 0.9), CODEC)
     expected, _ = train(inner, 50)
-    tx = optax_flash.master_weights(inner, bits=32)
+    tx = optax_flash.master_weights(inner, bits=32, finished=False)
     params = jnp.ones(SHAPE, jnp.bfloat16)
     state = tx.init(params)
     update = jax.jit(tx.update)

@@ -309,7 +309,7 @@ ALIASES = {
 WRAPPERS = {
     "alone": lambda tx: tx,
     "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-    "master_weights": optax_flash.master_weights,
+    "master_weights": lambda tx: optax_flash.master_weights(tx, finished=False),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 2),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "masked": lambda tx: optax.masked(tx, lambda p: {k: k != "wide" for k in p}),

@@ -177,7 +177,7 @@ class _Response(NamedTuple):
       uniform: those whose influence is the same for all elements.
       jaxpr: the update, cut where elements meet others.
       consts: its constants.
-      count: how many of its results are updates.
+      updates: how many of its results are updates.
       again: the part of it that changes with the state, from ``held`` and the state's
         leaves to updates of the params in ``at``.
       held: variables of what does not change, or is taken not to: gradients, norms.
@@ -188,24 +188,26 @@ class _Response(NamedTuple):
     uniform: frozenset[int]
     jaxpr: core.Jaxpr
     consts: list[Any]
-    count: int
+    updates: int
     again: core.Jaxpr
     held: list[Any]
 
     @classmethod
     def of(
-        cls, jaxpr: core.Jaxpr, consts: list[Any], count: int, at: dict[int, int]
+        cls, jaxpr: core.Jaxpr, consts: list[Any], updates: int, at: dict[int, int]
     ) -> "_Response":
         inputs = [jaxpr.invars[k] for k in at.values()]
         separate, moving = _without_mixing(jaxpr, inputs)
         linear, changing = _linear(separate, inputs)
         results = {
-            i: {separate.outvars[i], separate.outvars[count + k]} for i, k in at.items()
+            i: {separate.outvars[i], separate.outvars[updates + k]}
+            for i, k in at.items()
         }
         at = {
             i: k
             for i, k in at.items()
-            if results[i] <= moving and _fades(linear.get(separate.outvars[count + k]))
+            if results[i] <= moving
+            and _fades(linear.get(separate.outvars[updates + k]))
         }
         uniform = [i for i in at if results[i] <= linear.keys()]
         exact = [i for i in uniform if not results[i] & changing]
@@ -217,7 +219,7 @@ class _Response(NamedTuple):
             frozenset(uniform),
             separate,
             consts,
-            count,
+            updates,
             again,
             held,
         )
@@ -231,7 +233,7 @@ class _Response(NamedTuple):
         n = len(self.jaxpr.outvars)
         influence = _Influence(
             {i: tangents[i] for i in self.at},
-            {i: tangents[self.count + k] for i, k in self.at.items()},
+            {i: tangents[self.updates + k] for i, k in self.at.items()},
             leaves,
             outs[n:],
         )
@@ -350,28 +352,31 @@ def _linear(
     """
     linear: dict[Any, float | None] = dict.fromkeys(inputs, 1.0)
     changing: set[Any] = set()
-    timed = {x for x in jaxpr.invars if not x.aval.shape}
+    invars: list[Any] = jaxpr.invars
+    timed = {x for x in invars if not x.aval.shape}
     # Arrays that hold one scalar everywhere.
     alike: set[Any] = set()
     for eqn in jaxpr.eqns:
-        name, variables = eqn.primitive.name, list(filter(_is_variable, eqn.invars))
+        name, operands = eqn.primitive.name, list[Any](eqn.invars)
+        variables = list(filter(_is_variable, operands))
         touched = [x for x in variables if x in linear]
         others = [x for x in variables if x not in linear]
         if any(x in timed for x in others):
             timed.update(eqn.outvars)
         if not touched:
-            if all(not x.aval.shape or x in alike for x in variables):
+            alone = all(not x.aval.shape or x in alike for x in variables)
+            if alone and _is_elementwise(eqn):
                 alike.update(eqn.outvars)
             continue
         product = name in ("mul", "div") and len(touched) == 1
         if product:
             scaled = all(not x.aval.shape or x in alike for x in others)
-            product = scaled and (name == "mul" or eqn.invars[0] in touched)
+            product = scaled and (name == "mul" or operands[0] in touched)
         if not product and name not in SUMS:
             continue
         scalar = None
         if name == "mul" and not others:
-            (literal,) = (x for x in eqn.invars if not _is_variable(x))
+            (literal,) = (x for x in operands if not _is_variable(x))
             before = linear[touched[0]]
             scalar = None if before is None else before * float(literal.val)
         elif not product and len(touched) == 1:
@@ -385,6 +390,7 @@ def _linear(
 
 
 SUMS = frozenset("add sub add_any neg copy copy_p convert_element_type".split())
+"""Primitives through which a scalar of an input goes as it is, up to its sign."""
 
 
 def _again(jaxpr: core.Jaxpr, wanted: list[Any]) -> tuple[core.Jaxpr, list[Any]]:

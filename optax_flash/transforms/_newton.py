@@ -137,9 +137,9 @@ def _orthonormal(
     would square the condition number of what multiplies the gradient.)
     """
     rank = factor.shape[-2]
-    lengths = _root(_diagonal(gram))
+    lengths: Any = _root(_diagonal(gram))
     # Written so that NaN is not taken for zero, and the derivative is not NaN.
-    absent = lengths <= SMALLEST
+    absent: Any = lengths <= SMALLEST
     inverse = jnp.where(absent, 0.0, 1 / jnp.where(absent, 1.0, lengths))
     eye = jnp.eye(rank, dtype=jnp.float32)
     unit = gram * inverse * jnp.swapaxes(inverse, -1, -2)
@@ -177,7 +177,7 @@ def _bounded(step: Any, limit: Any) -> Any:
     return step * jnp.minimum(1.0, limit / jnp.maximum(length, SMALLEST))
 
 
-def _root(x: jax.Array) -> jax.Array:
+def _root(x: Any) -> Any:
     """The square root; its derivative at zero counts as zero, where it is infinite."""
     is_zero = x == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, x)))

@@ -223,6 +223,7 @@ def test_effect_size_is_not_biased():
     assert math.isnan(statistics.effect_size([0.1, 0.1, 0.1]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_holm_rejects_what_the_closed_test_rejects(p_values):
     """A p-value holds for all comparisons: that of the worst set that it is in."""
@@ -240,6 +241,7 @@ def test_holm_rejects_what_the_closed_test_rejects(p_values):
     assert found[:-1] == pytest.approx(expected) and math.isnan(found[-1])
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=3, max_size=6), NUMBERS)
 def test_the_seeds_that_would_decide_do(values, bound):
     found = statistics.interval(values)
@@ -285,7 +287,7 @@ def judged(document):
     return judge(document, criterion, "gpt", "int8")
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(NUMBERS, min_size=2, max_size=6),
     NUMBERS,
