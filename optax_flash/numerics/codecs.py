@@ -75,7 +75,10 @@ class Codec(abc.ABC):
         """
         whole = groups.with_whole_groups(x, self.group)
         x32 = groups.split(whole.astype(jnp.float32), self.group)
-        bits = arithmetic.in_groups(bits, lambda y: groups.split(y, self.group))
+        bits = arithmetic.in_groups(
+            bits,
+            lambda y: groups.split(groups.with_whole_groups(y, self.group), self.group),
+        )
         codes, planes = self.encode_groups(x32, bits)
         scales = jnp.stack(planes, axis=-1).reshape(self.scales_shape(x.shape))
         codes = groups.merge(self.pack(codes), self.codes_shape(x.shape))
