@@ -27,7 +27,7 @@ class Nearest:
 
 
 Bits = jax.Array | Nearest | None
-"""What decides the rounding: random bits, or a rule; None is ``Nearest()`` alone."""
+"""What decides the rounding: random bits, limits, or None for plain to-nearest."""
 
 
 def in_groups(bits: Bits, function: Callable[[jax.Array], jax.Array]) -> Bits:
