@@ -128,18 +128,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_stack_equals_the_ordinary_step(name):
-    if name != "kernels":
-        check_equal(STACKED, OPTIMIZERS[name](), make_params(), TOKENS)
-        return
-    # XLA fuses the products and sums of error feedback elsewhere, which may move a
-    # residual by one, and a param with it.
-    tx, params = OPTIMIZERS[name](), make_params()
-    expected = run(ordinary_step(STACKED, tx), tx, params, TOKENS)
-    found = run(release.train_step(STACKED, tx), tx, params, TOKENS)
-    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    for a, b in leaves:
-        rtol, atol = (0, 1) if a.dtype == jnp.uint8 else (2**-7, 1e-6)
-        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol, atol)
+    check_equal(STACKED, OPTIMIZERS[name](), make_params(), TOKENS)
 
 
 def test_stock_optax():

@@ -5,6 +5,7 @@ and makes arrays of every leaf, and would tie all leaves together; and the scala
 are computed inside would be computed for every element.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jax.extend import core
@@ -12,20 +13,25 @@ from jax.extend import core
 CALLS = ("jit", "pjit", "closed_call")
 
 
-def inline(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The same jaxpr without such calls."""
-    if not any(map(_is_mixed, jaxpr.eqns)):
+def inline(jaxpr: core.Jaxpr, every: bool = False) -> core.Jaxpr:
+    """The same jaxpr without such calls; without any, if ``every``."""
+    wanted = _is_call if every else _is_mixed
+    if not any(map(wanted, jaxpr.eqns)):
         return jaxpr
     eqns: list[core.JaxprEqn] = []
     renamed: dict[Any, Any] = {}
-    _emit(jaxpr.eqns, renamed, eqns)
+    _emit(jaxpr.eqns, wanted, renamed, eqns)
     return jaxpr.replace(
         eqns=eqns, outvars=[_renamed(x, renamed) for x in jaxpr.outvars]
     )
 
 
+def _is_call(eqn: Any) -> bool:
+    return eqn.primitive.name in CALLS and not _callee(eqn).consts
+
+
 def _is_mixed(eqn: Any) -> bool:
-    if eqn.primitive.name not in CALLS or _callee(eqn).consts:
+    if not _is_call(eqn):
         return False
     arrays = sum(1 for x in eqn.outvars if x.aval.shape)
     if arrays != 1:
@@ -38,10 +44,15 @@ def _callee(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
 
-def _emit(eqns: Any, renamed: dict[Any, Any], out: list[core.JaxprEqn]) -> None:
+def _emit(
+    eqns: Any,
+    wanted: Callable[[Any], bool],
+    renamed: dict[Any, Any],
+    out: list[core.JaxprEqn],
+) -> None:
     for eqn in eqns:
         operands = [_renamed(x, renamed) for x in eqn.invars]
-        if not _is_mixed(eqn):
+        if not wanted(eqn):
             out.append(eqn.replace(invars=operands) if renamed else eqn)
             continue
         callee = _callee(eqn).jaxpr
@@ -52,7 +63,7 @@ def _emit(eqns: Any, renamed: dict[Any, Any], out: list[core.JaxprEqn]) -> None:
             arguments = [_renamed(x, inside) for x in inner.invars]
             fresh.append(inner.replace(invars=arguments, outvars=results))
             inside.update(zip(inner.outvars, results, strict=True))
-        _emit(fresh, renamed, out)
+        _emit(fresh, wanted, renamed, out)
         results = [_renamed(_renamed(x, inside), renamed) for x in callee.outvars]
         renamed.update(zip(eqn.outvars, results, strict=True))
 

@@ -32,6 +32,7 @@ from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
+from optax_flash.transforms import _rounding
 
 PyTree = Any
 ByParam = dict[int, jax.Array]
@@ -82,6 +83,7 @@ def with_feedback(
     update: Callable[[PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
     momenta: dict[int, ByParam],
+    zero: jax.Array,
     differentiated: bool = False,
 ) -> tuple[PyTree, PyTree, Feedback]:
     """An update, and how its momenta's rounding errors are made up for.
@@ -90,6 +92,7 @@ def with_feedback(
       update: from a state to updates and the new state.
       state: a tree of arrays.
       momenta: leaves of it: of each field, by the index of the updates' leaf.
+      zero: of :func:`_rounding.zero_of`.
       differentiated: whether derivatives go through the update. They do not go through
         the gains.
 
@@ -128,7 +131,7 @@ def with_feedback(
     results: list[Any] = []
     found = {}
     for field, response in responses.items():
-        outs, found[field] = response.first(still(leaves))
+        outs, found[field] = response.first(still(leaves), zero)
         results = results or outs
     if differentiated:
         # The results so far have no derivative where elements meet others.
@@ -143,7 +146,7 @@ def with_feedback(
         }
 
     fed = {
-        field: response.present_gains(found[field])
+        field: _rounding.apart(response.present_gains, zero)(found[field])
         for field, response in responses.items()
     }
     exact = {field: response.exact for field, response in responses.items()}
@@ -224,18 +227,22 @@ class _Response(NamedTuple):
             held,
         )
 
-    def first(self, leaves: list[Any]) -> tuple[list[Any], _Influence]:
+    def first(
+        self, leaves: list[Any], zero: jax.Array
+    ) -> tuple[list[Any], _Influence]:
         """All results of the update, and the influence of the present momenta."""
         jaxpr = self.jaxpr.replace(outvars=[*self.jaxpr.outvars, *self.held])
-        outs, tangents = _derivative(
-            core.ClosedJaxpr(jaxpr, self.consts), leaves, list(self.at.values())
-        )
-        n = len(self.jaxpr.outvars)
+        closed = core.ClosedJaxpr(jaxpr, self.consts)
+        both = jax.make_jaxpr(_with_derivative(closed, list(self.at.values())))(*leaves)
+        n, m = len(self.jaxpr.outvars), len(jaxpr.outvars)
+        # The update itself may be fused as it would be without its derivative.
+        outs = _rounding.evaluate(both, leaves, zero, as_they_are=n)
+        tangents = outs[m:]
         influence = _Influence(
             {i: tangents[i] for i in self.at},
             {i: tangents[self.updates + k] for i, k in self.at.items()},
             leaves,
-            outs[n:],
+            outs[n:m],
         )
         return outs[:n], influence
 
@@ -265,27 +272,36 @@ class _Response(NamedTuple):
 
     def _influence_on_updates(self, now: _Influence, leaves: list[Any]) -> ByParam:
         """That of momenta, if the state's leaves are others."""
-        _, tangents = _derivative(
+        function = _with_derivative(
             core.ClosedJaxpr(self.again, ()),
-            [*now.held, *leaves],
             [len(now.held) + k for k in self.at.values()],
         )
+        tangents = function(*now.held, *leaves)[len(self.at) :]
         return dict(zip(self.at, tangents, strict=True))
 
 
-def _derivative(
-    closed: core.ClosedJaxpr, operands: list[Any], moved: list[int]
-) -> tuple[list[Any], list[Any]]:
-    """Results, and their changes where some operands change by one in all elements."""
+def _with_derivative(
+    closed: core.ClosedJaxpr, moved: list[int]
+) -> Callable[..., list[Any]]:
+    """A jaxpr's results, and their changes where some operands change.
 
-    def function(*changed: jax.Array) -> Any:
-        given = list(operands)
-        for k, x in zip(moved, changed, strict=True):
-            given[k] = x
-        return core.jaxpr_as_fun(closed)(*given)
+    Args:
+      closed: the jaxpr.
+      moved: which operands change, by one in all elements.
+    """
 
-    primals = [operands[k] for k in moved]
-    return jax.jvp(function, primals, [jnp.ones_like(x) for x in primals])
+    def function(*operands: Any) -> list[Any]:
+        def moving(*changed: jax.Array) -> Any:
+            given = list(operands)
+            for k, x in zip(moved, changed, strict=True):
+                given[k] = x
+            return core.jaxpr_as_fun(closed)(*given)
+
+        primals = [operands[k] for k in moved]
+        results, changes = jax.jvp(moving, primals, [jnp.ones_like(x) for x in primals])
+        return [*results, *changes]
+
+    return function
 
 
 def _fades(scalar: float | None) -> bool:

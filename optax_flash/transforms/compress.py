@@ -13,7 +13,14 @@ import optax
 from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import _dtypes, _feedback, _init, _mirror, _records
+from optax_flash.transforms import (
+    _dtypes,
+    _feedback,
+    _init,
+    _mirror,
+    _records,
+    _rounding,
+)
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._rules import (
     FACTOR_FIELDS,
@@ -200,8 +207,9 @@ def compress(
 
             momenta = _momenta(bundles, error_feedback)
             carries = state.carried is not None or run.is_differentiated()
+            zero = _rounding.zero_of(state.step)
             new_updates, inner_state, feedback = _feedback.with_feedback(
-                inner_update, inner_state, momenta, carries
+                inner_update, inner_state, momenta, zero, carries
             )
             new_state, stored, momenta = _encode(
                 rules,
@@ -215,7 +223,12 @@ def compress(
             )
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
-            new_updates = _corrected(new_updates, feedback.gains(stored), momenta)
+            new_updates = _rounding.apart(
+                lambda: _corrected(
+                    new_updates, feedback.gains(stored), momenta, zero
+                ),
+                zero,
+            )()
             return _dtypes.cast_updates(new_updates, updates, params), new_state
 
         new_updates, new_state = run.run(
@@ -408,12 +421,14 @@ def _corrected(
     updates: PyTree,
     gains: dict[int, dict[int, _feedback.Gain]],
     momenta: dict[int, dict[int, _Rounded]],
+    zero: jax.Array,
 ) -> PyTree:
     """Updates that make up for rounding errors of momenta, by field and param.
 
     Corrections are exact where gains are the same for all elements. Others are
     estimates: their size is at most that of all that this step's gradient has added to
-    the momentum, and the largest update of the group besides.
+    the momentum, and the largest update of the group besides. ``zero`` is that of
+    :func:`_rounding.zero_of`.
     """
     leaves, treedef = jax.tree.flatten(updates)
     exact: dict[int, Any] = {}
@@ -430,10 +445,11 @@ def _corrected(
             size = size + jnp.abs(gain.value * added)
             estimated[i] = codec, total + correction, size
     for i, (codec, correction, size) in estimated.items():
-        (correction,) = ops.Within(AT_MOST, codec.group)(correction, leaves[i], size)
-        leaves[i] = leaves[i] + correction
+        update = _rounding.alone(leaves[i], zero)
+        (correction,) = ops.Within(AT_MOST, codec.group)(correction, update, size)
+        leaves[i] = update + correction
     for i, correction in exact.items():
-        leaves[i] = leaves[i] + correction
+        leaves[i] = _rounding.alone(leaves[i], zero) + correction
     return treedef.unflatten(leaves)
 
 
@@ -461,12 +477,13 @@ def _encode(
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
+    most_of = _rounding.apart(_most, _rounding.zero_of(old.step))
     for name, i, of_param, codecs, shape, old_arrays in bundles:
         arrays = [values[j][i] for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
         told = range(len(of_param)) if feedback.looks_ahead(i) else fed
         most = [
-            _most(arrays[n], old_arrays[n], leaves[i], feedback.fed[of_param[n]][i])
+            most_of(arrays[n], old_arrays[n], leaves[i], feedback.fed[of_param[n]][i])
             for n in fed
         ]
         op = ops.Encode(codecs, shape, tuple(told), tuple(fed), carries)
