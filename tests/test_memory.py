@@ -186,8 +186,10 @@ def test_eager_init_holds_no_float32_moments():
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (512, 512)], ids=["small", "large"])
-@pytest.mark.parametrize("alias", [optax_flash.adamw8, optax_flash.adamw4])
-def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, shape):
+@pytest.mark.parametrize(
+    "alias, arrays", [(optax_flash.adamw8, 4), (optax_flash.adamw4, 6)]
+)
+def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, arrays, shape):
     """Leaves use the same memory in turn, or those of one call do."""
     tx = optax_flash.master_weights(alias(1e-3))
 
@@ -199,7 +201,9 @@ def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, shape):
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(step, donate_argnums=(0, 1))
     memory = step.lower(params, state, params).compile().memory_analysis()
-    # Two of them at a time, each with two moments, random bits and, of 4 bits, codes a
-    # byte wide before and after: 16 bytes for each element, and maxima of groups.
-    of_a_leaf = 17 * math.prod(shape)
+    # Two of them at a time, each with arrays of 4 bytes and maxima of groups: two
+    # moments, random bits and, of 4 bits, codes a byte wide before and after; what
+    # these make up for rounding is not known before the group's largest update is, so
+    # there are an update and a correction besides.
+    of_a_leaf = (4 * arrays + 1) * math.prod(shape)
     assert memory.temp_size_in_bytes < 2 * of_a_leaf

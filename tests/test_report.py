@@ -182,7 +182,7 @@ def test_shares_of_small_steps(dtype, storage, half, lost):
 @pytest.mark.parametrize("bits", [24, 32])
 def test_steps_are_those_that_the_weights_take(dtype, bits):
     """And each is known before it is rounded, whatever the params are kept in."""
-    tx = master_weights(optax_flash.adamw8(1e-3), bits)
+    tx = master_weights(optax_flash.adamw8(1e-3), bits, finished=False)
     params, state, grads = after_steps(tx, make_params(dtype))
     found = report(tx, state, params, grads)
     updates, new_state = jax.jit(tx.update)(grads, state, params)

@@ -16,6 +16,10 @@ step. For SGD all are the same, and the sum is exact. For Adam :math:`l'` knows 
 second moment is rounded too, which makes the next update smaller beside an outlier. An
 influence that grows, as in a warmup, counts as constant.
 
+Only :math:`l` and :math:`l'` are computed for every element. What is kept, and how
+influence changes with time, are scalars of a leaf, computed as if all arrays held ones:
+counts and learning rates act on all elements alike, but for an epsilon.
+
 Derivatives are those of an element by itself. Where elements mix, in a norm or a matrix
 product, there are none.
 """
@@ -25,12 +29,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
-from optax_flash.fusion.ops import op_p
+from optax_flash.fusion.ops import Tile, op_p
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 from optax_flash.transforms import _rounding
 
@@ -160,14 +165,15 @@ class _Influence(NamedTuple):
 
     Attributes:
       on_update: the change of the update with that of the momentum.
-      on_momentum: the change of the new momentum.
-      leaves: of the state.
+      kept: the change of the new momentum; a scalar where that is the same for all
+        elements.
+      steps: how often an error acts, in all: ``1 / (1 - kept * r)``.
       held: values of :attr:`_Response.held`.
     """
 
     on_update: ByParam
-    on_momentum: ByParam
-    leaves: list[Any]
+    kept: ByParam
+    steps: ByParam
     held: list[Any]
 
 
@@ -178,17 +184,19 @@ class _Response(NamedTuple):
       at: for each param, the index of its momentum among the state's leaves.
       exact: those whose influence is the same at all steps.
       uniform: those whose influence is the same for all elements.
+      alike: those of which all elements keep the same share.
       jaxpr: the update, cut where elements meet others.
       consts: its constants.
       updates: how many of its results are updates.
       again: the part of it that changes with the state, from ``held`` and the state's
-        leaves to updates of the params in ``at``.
+        leaves to updates and then momenta of the params in ``at``.
       held: variables of what does not change, or is taken not to: gradients, norms.
     """
 
     at: dict[int, int]
     exact: frozenset[int]
     uniform: frozenset[int]
+    alike: frozenset[int]
     jaxpr: core.Jaxpr
     consts: list[Any]
     updates: int
@@ -202,24 +210,22 @@ class _Response(NamedTuple):
         inputs = [jaxpr.invars[k] for k in at.values()]
         separate, moving = _without_mixing(jaxpr, inputs)
         linear, changing = _linear(separate, inputs)
-        results = {
-            i: {separate.outvars[i], separate.outvars[updates + k]}
-            for i, k in at.items()
-        }
+        update = {i: separate.outvars[i] for i in at}
+        momentum = {i: separate.outvars[updates + k] for i, k in at.items()}
         at = {
             i: k
             for i, k in at.items()
-            if results[i] <= moving
-            and _fades(linear.get(separate.outvars[updates + k]))
+            if {update[i], momentum[i]} <= moving and _fades(linear.get(momentum[i]))
         }
-        uniform = [i for i in at if results[i] <= linear.keys()]
-        exact = [i for i in uniform if not results[i] & changing]
-        wanted = [separate.outvars[i] for i in at]
-        again, held = _again(separate, wanted)
+        alike = [i for i in at if momentum[i] in linear]
+        uniform = [i for i in alike if update[i] in linear]
+        exact = [i for i in uniform if not {update[i], momentum[i]} & changing]
+        again, held = _again(separate, [x[i] for x in (update, momentum) for i in at])
         return cls(
             at,
             frozenset(exact),
             frozenset(uniform),
+            frozenset(alike),
             separate,
             consts,
             updates,
@@ -227,81 +233,106 @@ class _Response(NamedTuple):
             held,
         )
 
-    def first(
-        self, leaves: list[Any], zero: jax.Array
-    ) -> tuple[list[Any], _Influence]:
+    def first(self, leaves: list[Any], zero: jax.Array) -> tuple[list[Any], _Influence]:
         """All results of the update, and the influence of the present momenta."""
         jaxpr = self.jaxpr.replace(outvars=[*self.jaxpr.outvars, *self.held])
-        closed = core.ClosedJaxpr(jaxpr, self.consts)
-        both = jax.make_jaxpr(_with_derivative(closed, list(self.at.values())))(*leaves)
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, self.consts))
+        moved = list(self.at.values())
+        closed = jax.make_jaxpr(_with_changes(function, moved))(*leaves)
         n, m = len(self.jaxpr.outvars), len(jaxpr.outvars)
         # The update itself may be fused as it would be without its derivative.
-        outs = _rounding.evaluate(both, leaves, zero, as_they_are=n)
-        tangents = outs[m:]
-        influence = _Influence(
-            {i: tangents[i] for i in self.at},
-            {i: tangents[self.updates + k] for i, k in self.at.items()},
-            leaves,
-            outs[n:m],
-        )
-        return outs[:n], influence
+        outs = _rounding.evaluate(closed, leaves, zero, as_they_are=n)
+        held, changes = outs[n:m], outs[m:]
+        kept = {i: changes[self.updates + k] for i, k in self.at.items()}
+        in_time = outs[self.updates : n]
+        kept, steps = _rounding.apart(self._in_time, zero)(kept, held, leaves, in_time)
+        on_update = {i: changes[i] for i in self.at}
+        return outs[:n], _Influence(on_update, kept, steps, held)
+
+    def _in_time(
+        self, kept: ByParam, held: list[Any], now: list[Any], later: list[Any]
+    ) -> tuple[ByParam, ByParam]:
+        """What momenta keep, and how often an error acts, from two states' scalars.
+
+        Args:
+          kept: what momenta keep, by element.
+          held: values of :attr:`held`.
+          now: leaves of the state of this step.
+          later: those of the next one.
+        """
+        on_update, alike = self._at_ones(held, now)
+        on_next, _ = self._at_ones(held, later)
+        kept = {i: alike[i] if i in self.alike else kept[i] for i in kept}
+        ratios = {i: _ratio(on_update[i], on_next[i]) for i in kept}
+        ratios.update(dict.fromkeys(self.exact, jnp.float32(1.0)))
+        return kept, {i: _sum_of_powers(kept[i], ratios[i]) for i in kept}
 
     def present_gains(self, now: _Influence) -> ByParam:
         """The gains if momenta keep the influence that they have."""
-        return {i: _gain(now.on_update[i], now.on_momentum[i]) for i in self.at}
+        return {i: -now.on_update[i] * now.steps[i] for i in self.at}
 
     def gains(self, now: _Influence, leaves: list[Any]) -> dict[int, Gain]:
         """All gains, from a new state's leaves as they are stored."""
         values = self.present_gains(now)
         if len(self.exact) < len(self.at):
-            rows = zip(now.leaves, leaves, strict=True)
-            later = self._influence_on_updates(now, leaves)
-            in_time = self._influence_on_updates(
-                now, [x if jnp.ndim(x) else new for x, new in rows]
-            )
+            function = core.jaxpr_as_fun(core.ClosedJaxpr(self.again, ()))
+            later, _ = self._influences(function, now.held, leaves)
             for i in self.at:
                 if i not in self.exact:
-                    present = now.on_update[i]
-                    values[i] = _gain(
-                        present * _ratio(present, later[i]),
-                        now.on_momentum[i] * _ratio(present, in_time[i]),
-                    )
-        return {
-            i: Gain(x, now.on_momentum[i], i in self.uniform) for i, x in values.items()
-        }
+                    smaller = _between_zero_and(now.on_update[i], later[i])
+                    values[i] = -smaller * now.steps[i]
+        return {i: Gain(x, now.kept[i], i in self.uniform) for i, x in values.items()}
 
-    def _influence_on_updates(self, now: _Influence, leaves: list[Any]) -> ByParam:
-        """That of momenta, if the state's leaves are others."""
-        function = _with_derivative(
-            core.ClosedJaxpr(self.again, ()),
-            [len(now.held) + k for k in self.at.values()],
+    def _at_ones(self, held: list[Any], leaves: list[Any]) -> tuple[ByParam, ByParam]:
+        """Influences on updates and on momenta where every array is one. # shape=()"""
+
+        def function(*scalars: Any) -> list[Any]:
+            nowhere = Tile((), jnp.uint32(0), None)
+            return programs.evaluate(self.again, nowhere, list(scalars))
+
+        held, leaves = ([_one_of(x) for x in xs] for xs in (held, leaves))
+        return self._influences(function, held, leaves)
+
+    def _influences(
+        self, function: Callable[..., list[Any]], held: list[Any], leaves: list[Any]
+    ) -> tuple[ByParam, ByParam]:
+        """Those of momenta on updates and on momenta, by a function like ``again``."""
+        moved = [len(held) + k for k in self.at.values()]
+        n = len(self.at)
+        changes = _with_changes(function, moved)(*held, *leaves)[2 * n :]
+        return (
+            dict(zip(self.at, changes[:n], strict=True)),
+            dict(zip(self.at, changes[n:], strict=True)),
         )
-        tangents = function(*now.held, *leaves)[len(self.at) :]
-        return dict(zip(self.at, tangents, strict=True))
 
 
-def _with_derivative(
-    closed: core.ClosedJaxpr, moved: list[int]
+def _with_changes(
+    function: Callable[..., list[Any]], moved: list[int]
 ) -> Callable[..., list[Any]]:
-    """A jaxpr's results, and their changes where some operands change.
+    """A function's results, and their changes where some operands change.
 
     Args:
-      closed: the jaxpr.
+      function: the function.
       moved: which operands change, by one in all elements.
     """
 
-    def function(*operands: Any) -> list[Any]:
-        def moving(*changed: jax.Array) -> Any:
+    def wrapped(*operands: Any) -> list[Any]:
+        def moving(*changed: jax.Array) -> list[Any]:
             given = list(operands)
             for k, x in zip(moved, changed, strict=True):
                 given[k] = x
-            return core.jaxpr_as_fun(closed)(*given)
+            return function(*given)
 
         primals = [operands[k] for k in moved]
         results, changes = jax.jvp(moving, primals, [jnp.ones_like(x) for x in primals])
         return [*results, *changes]
 
-    return function
+    return wrapped
+
+
+def _one_of(x: Any) -> Any:
+    """A scalar as it is; a one for an array."""
+    return np.ones((), x.dtype) if jnp.ndim(x) else x
 
 
 def _fades(scalar: float | None) -> bool:
@@ -310,20 +341,23 @@ def _fades(scalar: float | None) -> bool:
 
 
 def _ratio(now: jax.Array, later: jax.Array) -> jax.Array:
-    """An influence on the next update by that on this one, between 0 and 1."""
+    """A later influence by that of now, between 0 and 1; 1 where there is none."""
     ratio = later / jnp.where(now == 0.0, 1.0, now)
-    return jnp.minimum(jnp.maximum(ratio, 0.0), 1.0)
+    known = (now != 0.0) & jnp.isfinite(ratio)
+    return jnp.where(known, jnp.clip(ratio, 0.0, 1.0), 1.0)
 
 
-def _gain(on_update: jax.Array, on_momentum: jax.Array) -> jax.Array:
-    """Minus the sum of a momentum's influence on all later updates.
+def _between_zero_and(limit: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.clip(x, jnp.minimum(limit, 0.0), jnp.maximum(limit, 0.0))
 
-    Zero for a momentum that does not fade, whose errors have no sum.
+
+def _sum_of_powers(kept: jax.Array, ratio: jax.Array) -> jax.Array:
+    """``1 / (1 - kept * ratio)``; zero for a momentum that does not fade.
+
+    The errors of such a momentum have no sum.
     """
-    fades = on_momentum < 1.0
-    # Compilers differ in how they divide by what is the same for a whole leaf.
-    steps = 1.0 / jnp.where(fades, 1.0 - on_momentum, 1.0)
-    return jnp.where(fades, -on_update * steps, 0.0)
+    fades = kept < 1.0
+    return jnp.where(fades, 1.0 / jnp.where(fades, 1.0 - kept * ratio, 1.0), 0.0)
 
 
 FLAT = frozenset(

@@ -79,21 +79,18 @@ def alone(x: jax.Array, zero: jax.Array) -> jax.Array:
     """A product that a compiler does not merge into what uses it.
 
     Args:
-      x: anything; only float32 arrays change.
+      x: anything; what is not float32 stays as it is.
       zero: of :func:`zero_of`.
     """
-    if not _is_array(jax.typeof(x)):
+    if jax.typeof(x).dtype != jnp.float32:
         return x
     bits = lax.bitcast_convert_type(x, jnp.int32) ^ zero
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _is_product(eqn: Any) -> bool:
-    return eqn.primitive.name in PRODUCTS and _is_array(eqn.outvars[0].aval)
-
-
-def _is_array(aval: Any) -> bool:
-    return bool(aval.shape) and aval.dtype == jnp.float32
+    dtype = eqn.outvars[0].aval.dtype
+    return eqn.primitive.name in PRODUCTS and dtype == jnp.float32
 
 
 def _equations_alone(product: Any, zero: Any, result: Any) -> list[Any]:
@@ -106,7 +103,5 @@ def _equations_alone(product: Any, zero: Any, result: Any) -> list[Any]:
         for x in eqn.outvars:
             named.setdefault(x, core.Var(x.aval))
         invars = [x if isinstance(x, core.Literal) else named[x] for x in eqn.invars]
-        eqns.append(
-            eqn.replace(invars=invars, outvars=[named[x] for x in eqn.outvars])
-        )
+        eqns.append(eqn.replace(invars=invars, outvars=[named[x] for x in eqn.outvars]))
     return eqns

@@ -219,14 +219,13 @@ def compress(
                 new_updates,
                 start,
                 state,
+                zero,
                 carries,
             )
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
             new_updates = _rounding.apart(
-                lambda: _corrected(
-                    new_updates, feedback.gains(stored), momenta, zero
-                ),
+                lambda: _corrected(new_updates, feedback.gains(stored), momenta, zero),
                 zero,
             )()
             return _dtypes.cast_updates(new_updates, updates, params), new_state
@@ -461,6 +460,7 @@ def _encode(
     updates: PyTree,
     start: jax.Array,
     old: CompressState,
+    zero: jax.Array,
     carries: bool,
 ) -> tuple[CompressState, PyTree, dict[int, dict[int, _Rounded]]]:
     """The state after a step, its arrays in codes again.
@@ -477,7 +477,7 @@ def _encode(
     scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
-    most_of = _rounding.apart(_most, _rounding.zero_of(old.step))
+    most_of = _rounding.apart(_most, zero)
     for name, i, of_param, codecs, shape, old_arrays in bundles:
         arrays = [values[j][i] for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
