@@ -27,13 +27,13 @@ class Tile:
     """A piece of a leaf inside a kernel: rows of ``lanes`` neighbours.
 
     Attributes:
-      shape: ``(units, lanes)``.
+      shape: ``(units, lanes)``; or none, of one element.
       index: row-major place of each element in the whole leaf. # uint32
       mask: which elements are there at all; None where all are. # bool
       packed: whether codes of 4 bits come two in a byte, as they are stored.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     index: jax.Array
     mask: jax.Array | None
     packed: bool = True

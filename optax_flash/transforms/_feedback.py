@@ -263,9 +263,11 @@ class _Response(NamedTuple):
         on_update, alike = self._at_ones(held, now)
         on_next, _ = self._at_ones(held, later)
         kept = {i: alike[i] if i in self.alike else kept[i] for i in kept}
-        ratios = {i: _ratio(on_update[i], on_next[i]) for i in kept}
-        ratios.update(dict.fromkeys(self.exact, jnp.float32(1.0)))
-        return kept, {i: _sum_of_powers(kept[i], ratios[i]) for i in kept}
+        steps = {}
+        for i in self.at:
+            ratio = 1.0 if i in self.exact else _ratio(on_update[i], on_next[i])
+            steps[i] = _sum_of_powers(kept[i], ratio)
+        return kept, steps
 
     def present_gains(self, now: _Influence) -> ByParam:
         """The gains if momenta keep the influence that they have."""
@@ -351,7 +353,7 @@ def _between_zero_and(limit: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.clip(x, jnp.minimum(limit, 0.0), jnp.maximum(limit, 0.0))
 
 
-def _sum_of_powers(kept: jax.Array, ratio: jax.Array) -> jax.Array:
+def _sum_of_powers(kept: jax.Array, ratio: jax.Array | float) -> jax.Array:
     """``1 / (1 - kept * ratio)``; zero for a momentum that does not fade.
 
     The errors of such a momentum have no sum.

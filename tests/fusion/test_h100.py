@@ -302,15 +302,18 @@ def _ptx(folder, inner, codecs, shape):
 
 def _narrow_operands(inner, codecs):
     """How many scalars, and of how many kinds scales, the kernel of a step reads."""
-    inner = eval(inner, vars(optax))
+    inner = eval(f"optax.{inner}")
     tx = optax_flash.master_weights(optax_flash.compress(inner, codecs))
     params = matrix((256, 256))
     state = jax.eval_shape(tx.init, params)
     with run.watch() as leaves:
         # Only the state: params that are done are no results of a function.
         jax.make_jaxpr(lambda *args: tx.update(*args)[1])(params, state, params)
-    inputs = leaves[0][0].program.inputs
-    scales = [role.codec.scales_per_group for role in inputs if role.kind == "scales"]
+    (leaf, _), *_ = leaves
+    assert leaf.program
+    inputs = leaf.program.inputs
+    codecs = [role.codec for role in inputs if role.kind == "scales" and role.codec]
+    scales = [codec.scales_per_group for codec in codecs]
     return sum(role.kind == "scalar" for role in inputs), sum(scales)
 
 
