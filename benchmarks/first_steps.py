@@ -34,23 +34,30 @@ STORAGE = ("8 bits", "4 bits", "4 and 8 bits")
 SECOND_MOMENTS = ("nu", "nu_max", "n", "sum_of_squares")
 
 OPTIMIZERS = {
-    "adabelief": lambda: optax.adabelief(3e-3),
-    "adam": lambda: optax.adam(3e-3),
-    "adamax": lambda: optax.adamax(3e-3),
-    "adamw": lambda: optax.adamw(3e-3),
-    "adan": lambda: optax.adan(3e-3),
-    "amsgrad": lambda: optax.amsgrad(3e-3),
-    "contrib.ademamix": lambda: contrib.ademamix(3e-3),
-    "contrib.adopt": lambda: contrib.adopt(3e-3),
-    "lamb": lambda: optax.lamb(1e-2),
-    "lion": lambda: optax.lion(1e-3),
-    "nadam": lambda: optax.nadam(3e-3),
-    "radam": lambda: optax.radam(3e-3),
-    "rmsprop, momentum": lambda: optax.rmsprop(5e-4, momentum=0.9),
-    "sgd, momentum": lambda: optax.sgd(0.1, momentum=0.9),
-    "sgd, nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "yogi": lambda: optax.yogi(3e-3),
+    "adabelief": (optax.adabelief, 3e-3),
+    "adam": (optax.adam, 3e-3),
+    "adamax": (optax.adamax, 3e-3),
+    "adamw": (optax.adamw, 3e-3),
+    "adan": (optax.adan, 3e-3),
+    "amsgrad": (optax.amsgrad, 3e-3),
+    "contrib.ademamix": (contrib.ademamix, 3e-3),
+    "contrib.adopt": (contrib.adopt, 3e-3),
+    "lamb": (optax.lamb, 1e-2),
+    "lion": (optax.lion, 1e-3),
+    "nadam": (optax.nadam, 3e-3),
+    "radam": (optax.radam, 3e-3),
+    "rmsprop, momentum": (functools.partial(optax.rmsprop, momentum=0.9), 5e-4),
+    "sgd, momentum": (functools.partial(optax.sgd, momentum=0.9), 0.1),
+    "sgd, nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 0.1),
+    "yogi": (optax.yogi, 3e-3),
 }
+"""Those with momenta, and their learning rates."""
+
+
+def make(name: str, warmup: int = 0) -> optax.GradientTransformation:
+    """An optimizer as it is, after as many steps of warmup at its learning rate."""
+    optimizer, rate = OPTIMIZERS[name]
+    return optimizer(optax.linear_schedule(0.0, rate, warmup) if warmup else rate)
 
 
 def stored(
@@ -89,6 +96,11 @@ def largest_updates(tx: optax.GradientTransformation, steps: int = 10) -> jax.Ar
     return run()
 
 
+def over(found: jax.Array, stock: jax.Array) -> jax.Array:
+    """Ratios; where stock updates are zero, updates themselves."""
+    return found / jnp.where(stock == 0, 1.0, stock)
+
+
 def train(tx: optax.GradientTransformation, params: Any, key: jax.Array, steps: int):
     """Params after some steps from a new state."""
 
@@ -111,9 +123,9 @@ def beginnings() -> tuple[Any, Any, jax.Array]:
     return first, trained(first, keys), jax.random.split(jax.random.key(1), SEEDS)
 
 
-def losses(tx: optax.GradientTransformation) -> list[jax.Array]:
+def losses(tx: optax.GradientTransformation, seeds: int = SEEDS) -> list[jax.Array]:
     """After some steps from first and from trained weights, for each seed."""
-    *weights, keys = beginnings()
+    *weights, keys = jax.tree.map(lambda x: x[:seeds], beginnings())
     unseen = sample(jax.random.key(2), 4096)
     run = jax.jit(jax.vmap(lambda params, key: train(tx, params, key, STEPS)))
     return [evaluate(run(params, keys), unseen) for params in weights]
@@ -121,12 +133,12 @@ def losses(tx: optax.GradientTransformation) -> list[jax.Array]:
 
 def rows(name: str) -> list[str]:
     """A row for each way of storing an optimizer's state."""
-    optimizer = OPTIMIZERS[name]()
+    optimizer = make(name)
     updates, expected = largest_updates(optimizer), losses(optimizer)
     lines = []
     for storage in STORAGE:
         tx = stored(optimizer, storage)
-        ratios = largest_updates(tx) / jnp.where(updates == 0, 1.0, updates)
+        ratios = over(largest_updates(tx), updates)
         cells = [f"{ratios[0]:.2f}", f"{ratios.max():.2f}"]
         for stock, found in zip(expected, losses(tx), strict=True):
             difference = 100 * (found / stock - 1)

@@ -209,9 +209,9 @@ class _Block(NamedTuple):
         if isinstance(op, Elementwise):
             return self.evaluate(_elementwise(op.function, op.static, dtypes), args)
         if isinstance(op, Within):
-            x, y, z = args
+            x, y = args
             y = y if self.mask is None else jnp.where(self.mask, y, 0.0)
-            return self.evaluate(_within(op), [x, y, z])
+            return self.evaluate(_within(op), [x, y])
         start, salt, *arrays = args
         (seed,) = self.evaluate(_seed(), [start, salt])
         (bits,) = self.evaluate(_mix(), [self.places ^ seed])
@@ -271,7 +271,7 @@ def _encoding(op: Encode, field: int) -> Any:
 
 @functools.cache
 def _within(op: Within) -> Any:
-    return _jaxpr(op.of_groups, *[_element(jnp.float32)] * 3)
+    return _jaxpr(op.of_groups, *[_element(jnp.float32)] * 2)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -193,7 +193,7 @@ NOT_CARRIED = (
 
 @dataclasses.dataclass(frozen=True)
 class Within(Op):
-    """``(x, y, z)`` to ``x``, at most ``z`` and some times the group's largest ``|y|``.
+    """``(x, y)`` to ``x``, at most some times as large as the group's largest ``|y|``.
 
     Attributes:
       times: how many times.
@@ -212,22 +212,22 @@ class Within(Op):
         return (bounded,)
 
     def tile(self, tile: Tile, *args: Any) -> tuple[Any, ...]:
-        x, y, z = args
+        x, y = args
         if tile.mask is not None:
             # Past the end of a row an optimizer may compute anything from zeros.
             y = jnp.where(tile.mask, y, 0.0)
-        bounded = self.of_groups(*(tile.groups(w, self.group) for w in (x, y, z)))
+        bounded = self.of_groups(*(tile.groups(w, self.group) for w in (x, y)))
         return (bounded.reshape(tile.shape),)
 
     def smooth(self, *args: jax.Array) -> tuple[None, ...]:
         del args
         return (None,)
 
-    def of_groups(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    def of_groups(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """The operation on arrays of shape ``(..., group)``."""
         largest = jnp.max(arithmetic.magnitude_bits(y), axis=-1)
         most = lax.bitcast_convert_type(largest, jnp.float32) * np.float32(self.times)
-        most = most[..., None] + z
+        most = most[..., None]
         return jnp.minimum(jnp.maximum(x, -most), most)
 
 

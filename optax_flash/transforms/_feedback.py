@@ -48,13 +48,11 @@ class Gain(NamedTuple):
 
     Attributes:
       value: an array like the momentum.
-      kept: how much of an old momentum is in the new one; like it, too.
       uniform: whether all elements have the same one, as SGD's do. Others are estimates
         of their own for each element.
     """
 
     value: jax.Array
-    kept: jax.Array
     uniform: bool
 
 
@@ -165,14 +163,12 @@ class _Influence(NamedTuple):
 
     Attributes:
       on_update: the change of the update with that of the momentum.
-      kept: the change of the new momentum; a scalar where that is the same for all
-        elements.
-      steps: how often an error acts, in all: ``1 / (1 - kept * r)``.
+      steps: how often an error acts, in all: ``1 / (1 - a * r)``; a scalar where that
+        is the same for all elements.
       held: values of :attr:`_Response.held`.
     """
 
     on_update: ByParam
-    kept: ByParam
     steps: ByParam
     held: list[Any]
 
@@ -245,14 +241,14 @@ class _Response(NamedTuple):
         held, changes = outs[n:m], outs[m:]
         kept = {i: changes[self.updates + k] for i, k in self.at.items()}
         in_time = outs[self.updates : n]
-        kept, steps = _rounding.apart(self._in_time, zero)(kept, held, leaves, in_time)
+        steps = _rounding.apart(self._steps, zero)(kept, held, leaves, in_time)
         on_update = {i: changes[i] for i in self.at}
-        return outs[:n], _Influence(on_update, kept, steps, held)
+        return outs[:n], _Influence(on_update, steps, held)
 
-    def _in_time(
+    def _steps(
         self, kept: ByParam, held: list[Any], now: list[Any], later: list[Any]
-    ) -> tuple[ByParam, ByParam]:
-        """What momenta keep, and how often an error acts, from two states' scalars.
+    ) -> ByParam:
+        """How often errors act, from the scalars of two states.
 
         Args:
           kept: what momenta keep, by element.
@@ -262,12 +258,12 @@ class _Response(NamedTuple):
         """
         on_update, alike = self._at_ones(held, now)
         on_next, _ = self._at_ones(held, later)
-        kept = {i: alike[i] if i in self.alike else kept[i] for i in kept}
         steps = {}
         for i in self.at:
             ratio = 1.0 if i in self.exact else _ratio(on_update[i], on_next[i])
-            steps[i] = _sum_of_powers(kept[i], ratio)
-        return kept, steps
+            share = alike[i] if i in self.alike else kept[i]
+            steps[i] = _sum_of_powers(share, ratio)
+        return steps
 
     def present_gains(self, now: _Influence) -> ByParam:
         """The gains if momenta keep the influence that they have."""
@@ -283,7 +279,7 @@ class _Response(NamedTuple):
                 if i not in self.exact:
                     smaller = _between_zero_and(now.on_update[i], later[i])
                     values[i] = -smaller * now.steps[i]
-        return {i: Gain(x, now.kept[i], i in self.uniform) for i, x in values.items()}
+        return {i: Gain(x, i in self.uniform) for i, x in values.items()}
 
     def _at_ones(self, held: list[Any], leaves: list[Any]) -> tuple[ByParam, ByParam]:
         """Influences on updates and on momenta where every array is one. # shape=()"""

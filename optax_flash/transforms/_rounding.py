@@ -65,7 +65,7 @@ def evaluate(
     left = {x for eqn in left for x in eqn.outvars if x not in others}
     eqns, of_zero = [], core.Var(jax.typeof(zero))
     for eqn in jaxpr.eqns:
-        (result, *_) = eqn.outvars
+        result = eqn.outvars[0]
         if result in left or not _is_product(eqn):
             eqns.append(eqn)
             continue

@@ -402,18 +402,19 @@ class _Rounded(NamedTuple):
     Attributes:
       codec: which rounded it.
       error: what that added to it.
-      exact: the momentum before that.
-      old: what it was before the step.
     """
 
     codec: Codec
     error: jax.Array
-    exact: jax.Array
-    old: jax.Array
 
 
-AT_MOST = 1.0
-"""How much of a group's largest update a correction may forget of older gradients."""
+AT_MOST = 2.0
+"""How many of a group's largest updates a correction may be.
+
+Beside an outlier of any size an update is then at most three times as large as it, and
+one that is the sum of all that a first gradient will ever do has room: 2.5 updates of
+AdamW, 3 of Adan.
+"""
 
 
 def _corrected(
@@ -425,27 +426,23 @@ def _corrected(
     """Updates that make up for rounding errors of momenta, by field and param.
 
     Corrections are exact where gains are the same for all elements. Others are
-    estimates: their size is at most that of all that this step's gradient has added to
-    the momentum, and the largest update of the group besides. ``zero`` is that of
-    :func:`_rounding.zero_of`.
+    estimates, and bounded. ``zero`` is that of :func:`_rounding.zero_of`.
     """
     leaves, treedef = jax.tree.flatten(updates)
     exact: dict[int, Any] = {}
-    estimated: dict[int, tuple[Codec, Any, Any]] = {}
+    estimated: dict[int, tuple[Codec, Any]] = {}
     for field, of_field in gains.items():
         for i, gain in of_field.items():
-            momentum = momenta[field][i]
-            correction = gain.value * momentum.error
+            codec, error = momenta[field][i]
+            correction = gain.value * error
             if gain.uniform:
                 exact[i] = exact.get(i, 0.0) + correction
-                continue
-            added = momentum.exact - gain.kept * momentum.old
-            codec, total, size = estimated.get(i, (momentum.codec, 0.0, 0.0))
-            size = size + jnp.abs(gain.value * added)
-            estimated[i] = codec, total + correction, size
-    for i, (codec, correction, size) in estimated.items():
+            else:
+                codec, before = estimated.get(i, (codec, 0.0))
+                estimated[i] = codec, before + correction
+    for i, (codec, correction) in estimated.items():
         update = _rounding.alone(leaves[i], zero)
-        (correction,) = ops.Within(AT_MOST, codec.group)(correction, update, size)
+        (correction,) = ops.Within(AT_MOST, codec.group)(correction, update)
         leaves[i] = update + correction
     for i, correction in exact.items():
         leaves[i] = _rounding.alone(leaves[i], zero) + correction
@@ -495,8 +492,7 @@ def _encode(
             j = of_param[n]
             decoded[j][i] = arrays[n] + error
             if n in fed:
-                rounded = _Rounded(codecs[n], error, arrays[n], old_arrays[n])
-                momenta.setdefault(j, {})[i] = rounded
+                momenta.setdefault(j, {})[i] = _Rounded(codecs[n], error)
     state = CompressState(
         step=optax.safe_increment(old.step),
         inner_state=_rejoined(parts, fields, values, join),
