@@ -98,7 +98,9 @@ def explain(
            1  bias    [512]       pallas   elementwise; 16 small leaves share a kernel
            1  kernel  [512, 512]  pallas   elementwise
     """
-    _arguments.check_transformation(tx, (params,), "explain(tx, params)")
+    call = "explain(tx, params)"
+    _arguments.check_transformation(tx, (params,), call)
+    _arguments.check_params(params, call)
     platform = _at_hand() if platform is None else _canonical(platform)
     params = _init.as_arrays(params)
     state = jax.eval_shape(tx.init, params)

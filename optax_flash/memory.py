@@ -131,6 +131,7 @@ def memory_report(
     """
     call = "memory_report(tx, params)"
     _arguments.check_transformation(tx, (params,), call)
+    _arguments.check_params(params, call)
     params = _init.as_arrays(params)
     state, records = formats.describe(tx, params)
     with _records.uncompressed():

@@ -1,5 +1,7 @@
 """Bad input: each error names the leaf, what was found and the way out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -405,7 +407,13 @@ def swapped_calls(folder):
         yield call, lambda: of.numerics_report(tx, params, params, state)
         yield call, lambda: of.numerics_report(state, tx, params, params)
         yield "memory_report(tx, params)", lambda: of.memory_report(params, tx)
+        yield "memory_report(tx, params)", lambda: of.memory_report(tx, state)
         yield "explain(tx, params)", lambda: of.explain(params, tx)
+        yield "explain(tx, params)", lambda: of.explain(tx, state)
+        for alone in (tx, optax_flash.adamw8(1e-3)):
+            call, its_state = "tx.update(grads, state, params)", alone.init(params)
+            yield call, functools.partial(alone.update, params, params, its_state)
+            yield call, functools.partial(alone.update, its_state, params, params)
         call = "to_optax_state(tx, state, params)"
         yield call, lambda: of.to_optax_state(tx, params, state)
         yield call, lambda: of.to_optax_state(params, state, tx)
@@ -468,3 +476,8 @@ def test_platforms(monkeypatch):
             patch.setattr(jax, "default_backend", lambda: "gpu")
             patch.setattr(jax, "devices", lambda: [Device])
             assert runs_in(None)[0] == name
+
+
+def test_codecs_for_what_is_no_name():
+    with pytest.raises(ValueError, match="codecs has the key 3. Keys are the names of"):
+        compress(optax.adam(1e-3), {3: None})

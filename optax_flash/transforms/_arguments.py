@@ -34,6 +34,31 @@ def check_order(state: Any, params: Any, call: str) -> None:
         )
 
 
+def check_update(kind: type, updates: Any, state: Any, params: Any) -> None:
+    """Raises a TypeError where the state of an update is in another's place.
+
+    Args:
+      kind: of the state.
+      updates: what stands in the gradients' place.
+      state: what stands in the state's place.
+      params: what stands in the params' place.
+    """
+    others = isinstance(updates, kind) or isinstance(params, kind)
+    if others and not isinstance(state, kind):
+        raise TypeError(
+            "The arguments are swapped: call tx.update(grads, state, params)."
+        )
+
+
+def check_params(params: Any, call: str) -> None:
+    """Raises a TypeError where an optimizer state stands in the params' place."""
+    if holds_state(params):
+        raise TypeError(
+            "The second argument is an optimizer state, and params are asked for: "
+            f"call {call}."
+        )
+
+
 def check_path(path: Any, call: str) -> None:
     """Raises a TypeError where something else stands in the place of a path."""
     if not isinstance(path, str | os.PathLike):

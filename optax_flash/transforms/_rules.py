@@ -93,6 +93,12 @@ class Rules:
             raise ValueError(
                 f"compress: codecs must be a codec, a name or a mapping: {codecs!r}."
             )
+        for key in codecs:
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"compress: codecs has the key {key!r}. Keys are the names of "
+                    "fields, as 'mu', or patterns of paths, as '*embed*'."
+                )
         patterns = {
             key: None if codec is None else get_codec(codec)
             for key, codec in codecs.items()

@@ -14,6 +14,7 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import (
+    _arguments,
     _dtypes,
     _feedback,
     _init,
@@ -78,8 +79,11 @@ def compress(
     other classes such a name may be a velocity's, and ``codecs`` has to name the field.
     Unknown fields and arrays under ``min_size`` elements stay as they are. So do arrays
     that are not shaped like their param, such as low-rank factors, unless ``codecs``
-    names their field. Global shapes decide, so sharding does not change the numbers.
-    The state of complex params and of whole numbers is left as it is, too.
+    names their field. The state of complex params and of whole numbers is left as it
+    is, too.
+
+    Global shapes decide, so sharding does not change the numbers. Inside of your own
+    ``shard_map`` shapes are those of a shard, and each shard draws the same noise.
 
     Params may have leaves that gradients lack, such as the functions of an Equinox
     module. Where gradients are None or MaskedNode, the state does not change.
@@ -170,6 +174,7 @@ def compress(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
+        _arguments.check_update(CompressState, updates, state, params)
         if not isinstance(state, CompressState):
             raise ValueError(
                 f"compress: the state is a {type(state).__name__}, not a "

@@ -168,6 +168,7 @@ def master_weights(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
+        _arguments.check_update(MasterWeightsState, updates, state, params)
         if params is None:
             raise ValueError(
                 "master_weights: update needs the params, the residual is a part of "
