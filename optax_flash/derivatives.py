@@ -1,12 +1,9 @@
 """``differentiable``: a state through which derivatives go where updates are traced."""
 
-from typing import Any
-
-import jax
 import optax
 
-from optax_flash.transforms import _records
-from optax_flash.transforms.compress import CompressState, with_carried
+from optax_flash.transforms import _inside
+from optax_flash.transforms.compress import with_carried
 
 
 def differentiable(
@@ -56,28 +53,7 @@ def differentiable(
       0.486
     """
 
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, _records.Configured | CompressState)
-
-    nodes, structure = jax.tree.flatten(_records.describe(tx, params), is_leaf=is_ours)
-    try:
-        parts = structure.flatten_up_to(state)
-    except (ValueError, TypeError) as error:
-        raise ValueError(_FOREIGN) from error
-    for i, (node, part) in enumerate(zip(nodes, parts, strict=True)):
-        if isinstance(node, CompressState):
-            raise ValueError(
-                "differentiable: tx.init was traced before, inside of jax.jit, and so "
-                "does not say which codecs it uses. Make tx of the init without jit."
-            )
-        if isinstance(node, _records.Configured):
-            if not isinstance(part, CompressState):
-                raise ValueError(_FOREIGN)
-            parts[i] = with_carried(node.config, part, node.params)
-    return structure.unflatten(parts)
-
-
-_FOREIGN = (
-    "differentiable: the state has another structure than tx.init makes for these "
-    "params. Pass the transformation that made it."
-)
+    leaves, structure = _inside.split(tx, state, params, "differentiable")
+    return structure.unflatten(
+        [with_carried(*x) if isinstance(x, _inside.Compressed) else x for x in leaves]
+    )

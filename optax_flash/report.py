@@ -12,17 +12,12 @@ from jax import lax
 
 from optax_flash.fusion import run
 from optax_flash.numerics import groups, weights
-from optax_flash.transforms import _arguments, _init, _mirror, _records
+from optax_flash.transforms import _arguments, _init, _inside, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
-from optax_flash.transforms.compress import CompressState, InCodes, in_codes
+from optax_flash.transforms.compress import InCodes, in_codes
 from optax_flash.transforms.master_weights import MasterWeightsState
 
 Scalars = dict[str, jax.Array]
-
-_FOREIGN_STATE = (
-    "numerics_report: the state has another structure than tx.init makes for these "
-    "params. Pass the transformation that made it."
-)
 
 
 class NumericsReport(NamedTuple):
@@ -225,26 +220,10 @@ def _in_codes(
     tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
 ) -> Iterator[InCodes]:
     """All leaves of a state that are in codes, however deep in it."""
-
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, _records.Configured | CompressState)
-
-    described = _records.describe(tx, params)
-    nodes, structure = jax.tree.flatten(described, is_leaf=is_ours)
-    try:
-        parts = structure.flatten_up_to(state)
-    except (ValueError, TypeError) as error:
-        raise ValueError(_FOREIGN_STATE) from error
-    for node, part in zip(nodes, parts, strict=True):
-        if isinstance(node, CompressState):
-            raise ValueError(
-                "numerics_report: tx.init was traced before, inside of jax.jit, and so "
-                "does not say which codecs it uses. Make tx of the init without jit."
-            )
-        if isinstance(node, _records.Configured):
-            if not isinstance(part, CompressState):
-                raise ValueError(_FOREIGN_STATE)
-            yield from in_codes(node.config, part, params)
+    leaves, _ = _inside.split(tx, state, params, "numerics_report")
+    for x in leaves:
+        if isinstance(x, _inside.Compressed):
+            yield from in_codes(x.rules, x.state, params)
 
 
 def _means(*arrays: jax.Array) -> list[jax.Array]:

@@ -16,14 +16,14 @@ class Nearest:
     """Rounding to the nearer code, where errors are made up for elsewhere.
 
     Attributes:
-      most: the largest magnitudes that may be stored; None for any. # float32
+      most: the largest magnitudes that may be stored. # float32
     """
 
-    most: jax.Array | None = None
+    most: jax.Array
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Nearest":
         """The same for values that a function gives another shape."""
-        return Nearest(None if self.most is None else function(self.most))
+        return Nearest(function(self.most))
 
 
 Bits = jax.Array | Nearest | None

@@ -175,8 +175,7 @@ class Companded4(Codec):
         upper = (1.0 - arithmetic.noise(bits)) * (above - below) < y - below
         if isinstance(bits, arithmetic.Nearest):
             upper &= np.float32(_NEAR) * above <= y
-            if bits.most is not None:
-                upper &= above <= bits.most * inverse
+            upper &= above <= bits.most * inverse
         k = jnp.where(upper, k + 1.0, k) - np.float32(first)
         if self.signed:
             k = jnp.where(x < 0, k + 8.0, k)

@@ -136,10 +136,17 @@ def with_feedback(
     for field, response in responses.items():
         outs, found[field] = response.first(still(leaves), zero)
         results = results or outs
-    if differentiated:
+    if not responses:
+        results = core.jaxpr_as_fun(closed)(*leaves)
+    elif differentiated:
         # The results so far have no derivative where elements meet others.
-        results = []
-    results = results or core.jaxpr_as_fun(closed)(*leaves)
+        made = {x for eqn in jaxpr.eqns for x in eqn.outvars}
+        held = [x for x in next(iter(responses.values())).held if x in made]
+        whole = core.ClosedJaxpr(
+            jaxpr.replace(outvars=[*jaxpr.outvars, *held]), closed.consts
+        )
+        n = len(jaxpr.outvars)
+        results = _rounding.evaluate(whole, leaves, zero, as_they_are=n)[:n]
 
     def gains(stored: PyTree) -> dict[int, dict[int, Gain]]:
         new_leaves = still(treedef.flatten_up_to(stored))

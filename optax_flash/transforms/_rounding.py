@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from optax_flash.fusion import ops
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.slices import jaxpr_of, slice_equations
 
@@ -80,13 +81,24 @@ def alone(x: jax.Array, zero: jax.Array) -> jax.Array:
     """A product that a compiler does not merge into what uses it.
 
     Args:
-      x: anything; what is not float32 stays as it is.
+      x: anything; what is not float32 stays as it is. Its derivative does, too.
       zero: of :func:`zero_of`.
     """
     if jax.typeof(x).dtype != jnp.float32:
         return x
+    return ops.Elementwise(_changed, None, _unchanged)(x, zero)[0]
+
+
+def _changed(static: None, x: jax.Array, zero: jax.Array) -> tuple[jax.Array]:
+    """By nothing, of which compilers do not know."""
+    del static
     bits = lax.bitcast_convert_type(x, jnp.int32) ^ zero
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return (lax.bitcast_convert_type(bits, jnp.float32),)
+
+
+def _unchanged(static: None, x: jax.Array, zero: jax.Array) -> tuple[jax.Array]:
+    del static, zero
+    return (x,)
 
 
 def _is_product(eqn: Any) -> bool:
@@ -97,12 +109,5 @@ def _is_product(eqn: Any) -> bool:
 def _equations_alone(product: Any, zero: Any, result: Any) -> list[Any]:
     """Those of :func:`alone` between given variables."""
     jaxpr = jax.make_jaxpr(alone)(product.aval, zero.aval).jaxpr
-    named = dict(zip(jaxpr.invars, [product, zero], strict=True))
-    named[jaxpr.outvars[0]] = result
-    eqns = []
-    for eqn in jaxpr.eqns:
-        for x in eqn.outvars:
-            named.setdefault(x, core.Var(x.aval))
-        invars = [x if isinstance(x, core.Literal) else named[x] for x in eqn.invars]
-        eqns.append(eqn.replace(invars=invars, outvars=[named[x] for x in eqn.outvars]))
-    return eqns
+    (eqn,) = jaxpr.eqns
+    return [eqn.replace(invars=[product, zero], outvars=[result])]
