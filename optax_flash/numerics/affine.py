@@ -56,9 +56,13 @@ class _Affine(Codec):
         del maxima
         step, zero = scales
         inverse = arithmetic.reciprocal(step)[..., None]
-        y = x * inverse + zero.astype(jnp.float32)[..., None]
-        k = jnp.floor(y)
-        k = jnp.where(1.0 - arithmetic.noise(bits) < y - k, k + 1.0, k)
+        origin = zero.astype(jnp.float32)[..., None]
+        y = x * inverse + origin
+        below = jnp.floor(y)
+        k = jnp.where(1.0 - arithmetic.noise(bits) < y - below, below + 1.0, below)
+        if isinstance(bits, arithmetic.Nearest):
+            inner = jnp.where(x < 0, below + 1.0, below)
+            k = jnp.where(jnp.abs(k - origin) <= bits.most * inverse, k, inner)
         k = jnp.minimum(jnp.maximum(k, 0.0), np.float32(self._top))
         if not self.signed:
             k = jnp.where(x > 0, jnp.maximum(k, 1.0), k)
