@@ -139,7 +139,8 @@ def with_feedback(
     if not responses:
         results = core.jaxpr_as_fun(closed)(*leaves)
     elif differentiated:
-        # The results so far have no derivative where elements meet others.
+        # The results so far have no derivative where elements meet others. Where the
+        # same products are rounded by themselves, values are the same.
         made = {x for eqn in jaxpr.eqns for x in eqn.outvars}
         held = [x for x in next(iter(responses.values())).held if x in made]
         whole = core.ClosedJaxpr(
