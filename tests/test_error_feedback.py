@@ -113,8 +113,7 @@ def test_an_update_makes_up_for_all_later_ones(normed):
     exact = m / divisor(v, steps)
     ratio = np.linalg.norm(np.ones(SHAPE)) / np.linalg.norm(exact) if normed else 1
     largest = np.abs(exact).reshape(-1, 32).max(-1).repeat(32).reshape(SHAPE)
-    bound = 2 * largest
-    expected = ratio * (exact - np.clip(gain * error, -bound, bound))
+    expected = ratio * np.clip(exact - gain * error, -2 * largest, 2 * largest)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

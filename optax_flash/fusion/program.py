@@ -244,7 +244,9 @@ def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
         return (x if scalar or jnp.ndim(x) else jnp.broadcast_to(x, tile.shape),)
     if name == "convert_element_type":
         return (lax.convert_element_type(x, params["new_dtype"]),)
-    if name in ("copy", "copy_p", "stop_gradient") or name in CASTS:
+    if name in ("copy", "copy_p", "stop_gradient"):
+        return (x,)
+    if name in CASTS and tile.shape:
         return (x,)
     if name == "square":
         return (x * x,)

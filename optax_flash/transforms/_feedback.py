@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -337,8 +336,8 @@ def _with_changes(
 
 
 def _one_of(x: Any) -> Any:
-    """A scalar as it is; a one for an array."""
-    return np.ones((), x.dtype) if jnp.ndim(x) else x
+    """A scalar as it is; for an array a one, varying over the same mesh axes."""
+    return jnp.ones_like(x, shape=()) if jnp.ndim(x) else x
 
 
 def _fades(scalar: float | None) -> bool:

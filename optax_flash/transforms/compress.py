@@ -414,11 +414,11 @@ class _Rounded(NamedTuple):
 
 
 AT_MOST = 2.0
-"""How many of a group's largest updates a correction may be.
+"""How many of its group's largest updates an update with its correction may be.
 
-Beside an outlier of any size an update is then at most three times as large as it, and
-one that is the sum of all that a first gradient will ever do has room: 2.5 updates of
-AdamW, 3 of Adan.
+Second moments in codes make updates up to 1.6 times those of float32 (Adam, normal
+gradients). More, and first steps exceed three times; less, and errors that
+are large for a small element are not made up for, and add up.
 """
 
 
@@ -431,7 +431,8 @@ def _corrected(
     """Updates that make up for rounding errors of momenta, by field and param.
 
     Corrections are exact where gains are the same for all elements. Others are
-    estimates, and bounded. ``zero`` is that of :func:`_rounding.zero_of`.
+    estimates: with them an update is at most twice as large as the largest one of its
+    group without. ``zero`` is that of :func:`_rounding.zero_of`.
     """
     leaves, treedef = jax.tree.flatten(updates)
     exact: dict[int, Any] = {}
@@ -447,8 +448,7 @@ def _corrected(
                 estimated[i] = codec, before + correction
     for i, (codec, correction) in estimated.items():
         update = _rounding.alone(leaves[i], zero)
-        (correction,) = ops.Within(AT_MOST, codec.group)(correction, update)
-        leaves[i] = update + correction
+        (leaves[i],) = ops.Within(AT_MOST, codec.group)(update + correction, update)
     for i, correction in exact.items():
         leaves[i] = _rounding.alone(leaves[i], zero) + correction
     return treedef.unflatten(leaves)
