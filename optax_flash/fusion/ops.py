@@ -219,9 +219,8 @@ class Within(Op):
         bounded = self.of_groups(*(tile.groups(w, self.group) for w in (x, y)))
         return (bounded.reshape(tile.shape),)
 
-    def smooth(self, *args: jax.Array) -> tuple[None, ...]:
-        del args
-        return (None,)
+    def smooth(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        return args[:1]
 
     def of_groups(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """The operation on arrays of shape ``(..., group)``."""
