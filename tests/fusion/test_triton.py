@@ -95,6 +95,9 @@ def operands_of(program, seed=0):
                 values.append(stored[role.codec].pop(0))
         elif dtype == np.bool_:
             values.append(jnp.asarray(True))
+        elif dtype == np.int32 and not shape:
+            # The zero by which error feedback keeps products apart.
+            values.append(jnp.int32(0))
         elif not jnp.issubdtype(dtype, jnp.floating):
             info = jnp.iinfo(dtype)
             values.append(
