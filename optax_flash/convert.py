@@ -8,7 +8,7 @@ import optax
 
 from optax_flash import formats
 from optax_flash.numerics.weights import SPLIT_DTYPES
-from optax_flash.transforms import _arguments, _init, _records
+from optax_flash.transforms import _arguments, _init, _inside, _records
 from optax_flash.transforms.compress import CompressState, decode_state, encode_state
 from optax_flash.transforms.master_weights import (
     MasterWeightsState,
@@ -54,7 +54,7 @@ def to_optax_state(
     _arguments.check_transformation(tx, (state, params), call)
     _arguments.check_order(state, params, call)
     params = _init.as_arrays(params)
-    described = _described(tx, params)
+    described = _inside.described(tx, params, "to_optax_state")
     plain = jax.eval_shape(lambda p: tx.init(p), params)
     _check_state(plain, _without_carried(state), "The state")
     if _has_master_weights(state):
@@ -107,7 +107,7 @@ def from_optax_state(
     params = weights = _init.as_arrays(weights)
     if like is not None:
         params = jax.tree.map(_like, weights, _init.as_arrays(like))
-    described = _described(tx, params)
+    described = _inside.described(tx, params, "from_optax_state")
     with _records.uncompressed():
         plain = jax.eval_shape(lambda p: tx.init(p), params)
     _check_state(plain, optax_state, "The optax state")
@@ -125,22 +125,6 @@ def _like(weight: jax.Array, param: Any) -> Any:
     # A float32 weight of a float32 param stays, and 8-bit floats have no residual.
     narrow = param.dtype.itemsize == 1 and jnp.issubdtype(param.dtype, jnp.floating)
     return weight.astype(param.dtype) if narrow else weight
-
-
-def _described(tx: optax.GradientTransformation, params: optax.Params) -> PyTree:
-    """The state's shapes, with their codecs where it is in codes."""
-
-    def is_opaque(node: Any) -> bool:
-        return isinstance(node, _records.Configured | CompressState)
-
-    described = _records.describe(tx, params)
-    nodes = jax.tree.leaves(described, is_leaf=is_opaque)
-    if any(isinstance(node, CompressState) for node in nodes):
-        raise ValueError(
-            "tx.init was traced before, inside of jax.jit, and so does not say which "
-            "codecs it uses. Make tx of the init without jit."
-        )
-    return described
 
 
 def _decode(described: PyTree, state: PyTree) -> PyTree:

@@ -24,6 +24,27 @@ class Compressed(NamedTuple):
     params: Any
 
 
+def described(tx: optax.GradientTransformation, params: Any, caller: str) -> Any:
+    """The state of :func:`_records.describe`, which says how each leaf is stored.
+
+    Args:
+      tx: any transformation.
+      params: those that it is for, or their shapes.
+      caller: a function's name, for the message.
+
+    Raises:
+      ValueError: a state in codes does not say its codecs.
+    """
+    state = _records.describe(tx, params)
+    nodes = jax.tree.leaves(state, is_leaf=_is_ours)
+    if any(isinstance(node, CompressState) for node in nodes):
+        raise ValueError(
+            f"{caller}: tx.init was traced before, inside of jax.jit, and so does not "
+            "say which codecs it uses. Make tx of the init without jit."
+        )
+    return state
+
+
 def split(
     tx: optax.GradientTransformation,
     state: optax.OptState,
@@ -44,11 +65,7 @@ def split(
     Raises:
       ValueError: the state is not ``tx``'s.
     """
-
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, _records.Configured | CompressState)
-
-    nodes, structure = jax.tree.flatten(_records.describe(tx, params), is_leaf=is_ours)
+    nodes, structure = jax.tree.flatten(described(tx, params, caller), is_leaf=_is_ours)
     foreign = (
         f"{caller}: the state has another structure than tx.init makes for these "
         "params. Pass the transformation that made it."
@@ -58,13 +75,12 @@ def split(
     except (ValueError, TypeError) as error:
         raise ValueError(foreign) from error
     for i, (node, part) in enumerate(zip(nodes, parts, strict=True)):
-        if isinstance(node, CompressState):
-            raise ValueError(
-                f"{caller}: tx.init was traced before, inside of jax.jit, and so does "
-                "not say which codecs it uses. Make tx of the init without jit."
-            )
         if isinstance(node, _records.Configured):
             if not isinstance(part, CompressState):
                 raise ValueError(foreign)
             parts[i] = Compressed(node.config, part, node.params)
     return parts, structure
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, _records.Configured | CompressState)

@@ -65,14 +65,19 @@ def evaluate(
     others = jaxpr.outvars[as_they_are:]
     left = {x for eqn in left for x in eqn.outvars if x not in others}
     eqns, of_zero = [], core.Var(jax.typeof(zero))
+    holding: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         result = eqn.outvars[0]
         if result in left or not _is_product(eqn):
             eqns.append(eqn)
             continue
         product = core.Var(result.aval)
-        eqns.append(eqn.replace(outvars=[product]))
-        eqns += _equations_alone(product, of_zero, result)
+        if result.aval not in holding:
+            (holding[result.aval],) = jax.make_jaxpr(alone)(
+                result.aval, of_zero.aval
+            ).eqns
+        held = holding[result.aval].replace(invars=[product, of_zero], outvars=[result])
+        eqns += [eqn.replace(outvars=[product]), held]
     jaxpr = jaxpr_of([*jaxpr.constvars, *jaxpr.invars, of_zero], jaxpr.outvars, eqns)
     return jax.core.eval_jaxpr(jaxpr, (), *closed.consts, *args, zero)
 
@@ -104,10 +109,3 @@ def _unchanged(static: None, x: jax.Array, zero: jax.Array) -> tuple[jax.Array]:
 def _is_product(eqn: Any) -> bool:
     dtype = eqn.outvars[0].aval.dtype
     return eqn.primitive.name in PRODUCTS and dtype == jnp.float32
-
-
-def _equations_alone(product: Any, zero: Any, result: Any) -> list[Any]:
-    """Those of :func:`alone` between given variables."""
-    jaxpr = jax.make_jaxpr(alone)(product.aval, zero.aval).jaxpr
-    (eqn,) = jaxpr.eqns
-    return [eqn.replace(invars=[product, zero], outvars=[result])]

@@ -417,8 +417,8 @@ AT_MOST = 2.0
 """How many of its group's largest updates an update with its correction may be.
 
 Second moments in codes make updates up to 1.6 times those of float32 (Adam, normal
-gradients). More, and first steps exceed three times; less, and errors that
-are large for a small element are not made up for, and add up.
+gradients). With a higher bound first steps exceed three times; with a lower one the
+errors of small elements are not made up for, and add up.
 """
 
 
