@@ -8,8 +8,9 @@ import optax
 
 from optax_flash import formats
 from optax_flash.numerics.weights import SPLIT_DTYPES
-from optax_flash.transforms import _arguments, _init, _inside, _records
-from optax_flash.transforms.compress import CompressState, decode_state, encode_state
+from optax_flash.transforms import _arguments, _init, _inside
+from optax_flash.transforms import compress as compression
+from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import (
     MasterWeightsState,
     cast_params,
@@ -54,12 +55,22 @@ def to_optax_state(
     _arguments.check_transformation(tx, (state, params), call)
     _arguments.check_order(state, params, call)
     params = _init.as_arrays(params)
-    described = _inside.described(tx, params, "to_optax_state")
-    plain = jax.eval_shape(lambda p: tx.init(p), params)
-    _check_state(plain, _without_carried(state), "The state")
+    expected = jax.eval_shape(lambda p: tx.init(p), params)
+    _check_state(expected, _without_carried(state), "The state")
     if _has_master_weights(state):
         params = master_params(params, state)
-    return jax.tree.map(_init.like_float32, params), _decode(described, state)
+    return jax.tree.map(_init.like_float32, params), decoded(state)
+
+
+def decoded(state: optax.OptState) -> optax.OptState:
+    """The state of plain optax that a state stands for, from what it says itself."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, MasterWeightsState):
+            return decoded(node.inner_state)
+        return decoded(compression.decoded(node))
+
+    return _inside.map_ours(plain, state)
 
 
 def from_optax_state(
@@ -107,12 +118,11 @@ def from_optax_state(
     params = weights = _init.as_arrays(weights)
     if like is not None:
         params = jax.tree.map(_like, weights, _init.as_arrays(like))
-    described = _inside.described(tx, params, "from_optax_state")
-    with _records.uncompressed():
-        plain = jax.eval_shape(lambda p: tx.init(p), params)
+    state = tx.init(params)
+    plain = jax.eval_shape(decoded, state)
     _check_state(plain, optax_state, "The optax state")
     optax_state = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), optax_state, plain)
-    state = _encode(described, tx.init(params), optax_state)
+    state = _encoded(state, optax_state)
     if _has_master_weights(state):
         state = set_master_params(state, params, weights)
     return params, state
@@ -127,50 +137,25 @@ def _like(weight: jax.Array, param: Any) -> Any:
     return weight.astype(param.dtype) if narrow else weight
 
 
-def _decode(described: PyTree, state: PyTree) -> PyTree:
-    """A state without our nodes; ``described`` is of :func:`_records.describe`."""
-    nodes, structure = jax.tree.flatten(described, is_leaf=_is_ours)
-    parts = structure.flatten_up_to(state)
-    for i, node in enumerate(nodes):
-        if isinstance(node, MasterWeightsState):
-            parts[i] = _decode(node.inner_state, parts[i].inner_state)
-        elif isinstance(node, _records.Configured):
-            inner = decode_state(node.config, parts[i], node.params)
-            parts[i] = _decode(node.state.inner_state, inner)
-    return structure.unflatten(parts)
-
-
-def _encode(described: PyTree, new: PyTree, plain: PyTree) -> PyTree:
-    """The inverse, with our nodes' own fields from a new state."""
-    nodes, structure = jax.tree.flatten(described, is_leaf=_is_ours)
+def _encoded(new: PyTree, plain: PyTree) -> PyTree:
+    """A new state, which stands for the state of plain optax instead."""
+    nodes, structure = jax.tree.flatten(new, is_leaf=_inside.is_ours)
     parts = structure.flatten_up_to(plain)
-    for i, (node, own) in enumerate(
-        zip(nodes, structure.flatten_up_to(new), strict=True)
-    ):
-        if isinstance(node, MasterWeightsState):
-            inner = _encode(node.inner_state, own.inner_state, parts[i])
-            parts[i] = own._replace(inner_state=inner)
-        elif isinstance(node, _records.Configured):
-            inner = _encode(node.state.inner_state, own.inner_state, parts[i])
-            parts[i] = encode_state(node.config, inner, node.params)
+    for i, node in enumerate(nodes):
+        if not _inside.is_ours(node):
+            continue
+        inner = _encoded(node.inner_state, parts[i])
+        parts[i] = (
+            compression.encoded(node, inner)
+            if isinstance(node, CompressState)
+            else node._replace(inner_state=inner)
+        )
     return structure.unflatten(parts)
 
 
 def _without_carried(state: PyTree) -> PyTree:
     """The state without what carries derivatives, which no init makes."""
-
-    def is_compressed(node: Any) -> bool:
-        return isinstance(node, CompressState)
-
-    return jax.tree.map(
-        lambda x: x._replace(carried=None) if is_compressed(x) else x,
-        state,
-        is_leaf=is_compressed,
-    )
-
-
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, MasterWeightsState | _records.Configured)
+    return _inside.map_compressed(lambda x: x._replace(carried=None), state)
 
 
 def _has_master_weights(state: PyTree) -> bool:

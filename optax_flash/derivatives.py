@@ -52,8 +52,5 @@ def differentiable(
       >>> print(jax.grad(loss_after_training)(params, state)[0, 0])
       0.486
     """
-
-    leaves, structure = _inside.split(tx, state, params, "differentiable")
-    return structure.unflatten(
-        [with_carried(*x) if isinstance(x, _inside.Compressed) else x for x in leaves]
-    )
+    _inside.check_made_by(tx, state, params, "differentiable")
+    return _inside.map_compressed(with_carried, state)

@@ -5,25 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.transforms import _arguments, _mirror, _records
-
-VERSION = 1
-"""Of the storage formats. It changes whenever old codes would decode differently."""
-
-
-def describe(
-    tx: optax.GradientTransformation, params: optax.Params
-) -> tuple[optax.OptState, list[_records.Record]]:
-    """The state's shapes and how each leaf in codes is stored; allocates nothing.
-
-    Args:
-      tx: any transformation, however deeply it wraps ours.
-      params: arrays or ``jax.ShapeDtypeStruct``.
-    """
-    with _records.collect() as records:
-        # A new function each time: a cached trace would not run init again.
-        state = jax.eval_shape(lambda p: tx.init(p), params)
-    return state, records
+from optax_flash.transforms import _arguments, _inside, _mirror
+from optax_flash.transforms._stored import VERSION, compare
 
 
 def state_format(
@@ -45,11 +28,16 @@ def state_format(
       >>> import jax.numpy as jnp, optax_flash
       >>> params = {"w": jnp.ones((64, 64))}
       >>> optax_flash.state_format(optax_flash.lion8(1e-4), params)
-      {'version': 1, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
+      {'version': 2, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
     """
     _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
-    _, records = describe(tx, params)
-    leaves = {f"{record.path}/{record.field}": record.codec for record in records}
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+    return format_of(state)
+
+
+def format_of(state: optax.OptState) -> dict[str, Any]:
+    """The same, from what the state itself says."""
+    leaves = {entry.name: repr(entry.codec) for entry, _, _ in _inside.stored(state)}
     return {"version": VERSION, "leaves": leaves}
 
 
@@ -75,26 +63,6 @@ def check_format(
     call = "check_format(saved, tx, params)"
     _arguments.check_transformation(tx, (saved, params), call)
     compare(saved, state_format(tx, params))
-
-
-def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises where two :func:`state_format` differ, see :func:`check_format`."""
-    if saved.get("version") != expected["version"]:
-        raise ValueError(
-            f"The checkpoint has format version {saved.get('version')!r}, this "
-            f"optax_flash reads {expected['version']}. Use the release that wrote it."
-        )
-    found = saved.get("leaves", {})
-    for name in [*expected["leaves"], *found]:
-        there = found.get(name, "no codes")
-        here = expected["leaves"].get(name, "no codes")
-        if there != here:
-            raise ValueError(
-                f"The checkpoint stores {name!r} as {there}, this transformation as "
-                f"{here}. Make the transformation with the checkpoint's codecs, bits "
-                "and min_size; or restore with the transformation that saved it, and "
-                "convert with optax_flash.to_optax_state and from_optax_state."
-            )
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

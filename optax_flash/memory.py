@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash import formats
-from optax_flash.transforms import _arguments, _init, _mirror, _records
+from optax_flash import convert
+from optax_flash.transforms import _arguments, _init, _inside, _mirror
 
 COMPONENTS: tuple[str, ...] = (
     "weights",
@@ -133,12 +133,11 @@ def memory_report(
     _arguments.check_transformation(tx, (params,), call)
     _arguments.check_params(params, call)
     params = _init.as_arrays(params)
-    state, records = formats.describe(tx, params)
-    with _records.uncompressed():
-        stock_state = jax.eval_shape(lambda p: tx.init(p), params)
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+    stock_state = jax.eval_shape(convert.decoded, state)
     of_param = _bytes_of_params(state, params)
     stock_of_param = _bytes_of_params(stock_state, params)
-    in_codes = _bytes_in_codes(records)
+    in_codes = _bytes_in_codes(state)
 
     paths = _mirror.leaf_paths(params)
     groups = collections.defaultdict(list)
@@ -182,16 +181,14 @@ def _is_state_field(part: _mirror.Mirror, paths: list[str]) -> bool:
     return len(paths) > 1 or getattr(part.tree, "ndim", 0) > 0
 
 
-def _bytes_in_codes(
-    records: list[_records.Record],
-) -> dict[str, collections.Counter[str]]:
+def _bytes_in_codes(state: Any) -> dict[str, collections.Counter[str]]:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(
         collections.Counter
     )
-    for record in records:
-        codes = "residual" if record.field == "residual" else "codes"
-        counts[record.path][codes] += record.code_bytes
-        counts[record.path]["scales"] += record.scale_bytes
+    for entry, codes, scales in _inside.stored(state):
+        kind = "residual" if scales is None else "codes"
+        counts[entry.path][kind] += _nbytes(codes)
+        counts[entry.path]["scales"] += 0 if scales is None else _nbytes(scales)
     return counts
 
 

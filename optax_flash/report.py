@@ -14,7 +14,7 @@ from optax_flash.fusion import run
 from optax_flash.numerics import groups, weights
 from optax_flash.transforms import _arguments, _init, _inside, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
-from optax_flash.transforms.compress import InCodes, in_codes
+from optax_flash.transforms.compress import CompressState, in_codes
 from optax_flash.transforms.master_weights import MasterWeightsState
 
 Scalars = dict[str, jax.Array]
@@ -142,7 +142,13 @@ def numerics_report(
         _arguments.check_order(state, other, call)
     params, grads = _init.as_arrays((params, grads))
     _mirror.check_mirrors(params, grads, "numerics_report: the gradients")
-    stored = list(_in_codes(tx, state, params))
+    _inside.check_made_by(tx, state, params, "numerics_report")
+    stored = [
+        leaf
+        for node in _inside.ours(state)
+        if isinstance(node, CompressState)
+        for leaf in in_codes(node)
+    ]
     paths, leaves = _mirror.leaf_paths(params), jax.tree.leaves(params)
     residuals = _residuals(state, params)
     updates = _updates(tx, state, params, residuals, grads, extra_args)
@@ -214,16 +220,6 @@ def _updates(
             **extra_args,
         )
     return structure.flatten_up_to(updates)
-
-
-def _in_codes(
-    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
-) -> Iterator[InCodes]:
-    """All leaves of a state that are in codes, however deep in it."""
-    leaves, _ = _inside.split(tx, state, params, "numerics_report")
-    for x in leaves:
-        if isinstance(x, _inside.Compressed):
-            yield from in_codes(x.rules, x.state, params)
 
 
 def _means(*arrays: jax.Array) -> list[jax.Array]:

@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_flash import formats
 from optax_flash.numerics import meshes
-from optax_flash.transforms import _arguments, _init, _mirror, _records, _shardings
+from optax_flash.transforms import (
+    _arguments,
+    _boxes,
+    _init,
+    _inside,
+    _mirror,
+    _shardings,
+)
+from optax_flash.transforms._stored import Stored
 
 PyTree = Any
 
@@ -65,7 +72,8 @@ def state_sharding(
     """
     call = "state_sharding(tx, params, param_sharding)"
     _arguments.check_transformation(tx, (params, param_sharding), call)
-    state, _ = formats.describe(tx, _shapes(params))
+    params = _boxes.unboxed(params)
+    state = jax.eval_shape(lambda p: tx.init(p), _shapes(params))
     return tree_sharding(state, tx, params, param_sharding)
 
 
@@ -76,14 +84,17 @@ def tree_sharding(
     param_sharding: PyTree,
 ) -> PyTree:
     """The same for any tree that holds a state of ``tx``, such as a train state."""
-    _, records = formats.describe(tx, _shapes(params))
-    params = _init.as_arrays(params)
+    params = _init.as_arrays(_boxes.unboxed(params))
+    state = jax.eval_shape(lambda p: tx.init(p), _shapes(params))
+    entries = [
+        entry for entry, _, scales in _inside.stored(state) if scales is not None
+    ]
     if isinstance(params, optax.LookaheadParams):
         # The state mirrors one of the two copies.
         params = params.fast
         param_sharding = getattr(param_sharding, "fast", param_sharding)
     shardings = _of_params(params, param_sharding)
-    _warn_of_cut_groups(records, params, shardings)
+    _warn_of_cut_groups(entries, params, shardings)
     mesh = shardings[0].mesh if shardings else _mesh(param_sharding)
     return _shardings.of_tree(tree, params, shardings, mesh)
 
@@ -186,7 +197,7 @@ def _difference(given: PyTree, params: PyTree) -> str:
 
 
 def _warn_of_cut_groups(
-    records: list[_records.Record], params: PyTree, shardings: list[NamedSharding]
+    entries: list[Stored], params: PyTree, shardings: list[NamedSharding]
 ) -> None:
     """Warns of codes whose groups do not lie on one device each."""
     rows = zip(
@@ -194,17 +205,17 @@ def _warn_of_cut_groups(
     )
     by_path = {path: (p.shape, sharding) for path, p, sharding in rows}
     cut = {}
-    for record in records:
-        if record.path not in by_path or not record.shape:
+    for entry in entries:
+        if entry.path not in by_path or not entry.shape:
             continue
-        shape, sharding = by_path[record.path]
-        *_, entry = _shardings.along(record.field, sharding.spec, shape, record.shape)
-        shards = meshes.shards(sharding.mesh, entry)
-        if shards > 1 and record.shape[-1] % (shards * record.group):
-            cut[record.path] = (
-                f"  {record.path!r} {list(shape)} under {sharding.spec}: "
-                f"{record.shape[-1]} columns in {shards} shards, groups of "
-                f"{record.group}"
+        shape, sharding = by_path[entry.path]
+        *_, axes = _shardings.along(entry.field, sharding.spec, shape, entry.shape)
+        shards = meshes.shards(sharding.mesh, axes)
+        group = entry.codec.group
+        if shards > 1 and entry.shape[-1] % (shards * group):
+            cut[entry.path] = (
+                f"  {entry.path!r} {list(shape)} under {sharding.spec}: "
+                f"{entry.shape[-1]} columns in {shards} shards, groups of {group}"
             )
     if cut:
         lines = [*cut.values()]

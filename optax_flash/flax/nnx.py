@@ -2,7 +2,6 @@
 
 from typing import Any, Generic, TypeVar
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -15,8 +14,6 @@ from optax_flash.flax.precision import (
     kept_by,
     with_master_weights,
 )
-from optax_flash.numerics import meshes
-from optax_flash.transforms import _mirror, _shardings
 from optax_flash.transforms.master_weights import master_params, set_master_params
 
 M = TypeVar("M", bound=nnx.Module)
@@ -83,13 +80,7 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         kept = kept_by(keep_float32, model, wrt)
         half = cast_trained(tx, weights, param_dtype, kept)
         nnx.update(model, half)
-        tx = with_master_weights(tx, bits, codec)
-
-        def init(params: optax.Params) -> optax.OptState:
-            return _with_names(tx.init(params), params)
-
-        super().__init__(model, tx._replace(init=init), wrt=wrt)
-        self.tx = tx
+        super().__init__(model, with_master_weights(tx, bits, codec), wrt=wrt)
         state = set_master_params(nnx.as_pure(self.opt_state), half, weights)
         nnx.update(self.opt_state, nnx.state(state))
 
@@ -113,63 +104,3 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         """The model's float32 weights, for evaluation and export."""
         params = nnx.as_pure(nnx.state(model, self.wrt))
         return master_params(params, nnx.as_pure(self.opt_state))
-
-
-class _Named:
-    """A leaf, and the metadata that its Variable is to have besides its param's."""
-
-    def __init__(self, value: Any, metadata: dict[str, Any]):
-        self.value, self.metadata = value, metadata
-
-
-def _with_names(state: Any, params: Any) -> Any:
-    """A state whose Variables have their params' sharding names where they fit.
-
-    Flax gives each Variable of a state the names of its param, but a stub or a factor
-    has other axes, and scales may have fewer columns than there are shards.
-    """
-
-    def is_variable(x: Any) -> bool:
-        return isinstance(x, nnx.Variable)
-
-    def variable(x: Any) -> Any:
-        leaf = x.get_value()
-        if not isinstance(leaf, _Named):
-            return x
-        return x.replace(leaf.value, **leaf.metadata)
-
-    variables = jax.tree.leaves(params, is_leaf=is_variable)
-    parts, join = _mirror.split_state(state, params)
-    trees = []
-    for part in parts:
-        if isinstance(part, _mirror.Mirror):
-            rows = zip(variables, part.entries, strict=True)
-            named = [_Named(x, _metadata(part.name, p, x)) for p, x in rows]
-            part = jax.tree.map(variable, part.rebuild(named), is_leaf=is_variable)
-        trees.append(part)
-    return join(trees)
-
-
-def _metadata(field: str, param: nnx.Variable, x: Any) -> dict[str, Any]:
-    """The sharding names of one param's leaf in a field, as Flax takes them."""
-    metadata = param.get_metadata()
-    names = metadata.get("out_sharding")
-    is_names = isinstance(names, tuple | jax.sharding.PartitionSpec)
-    if not is_names or "optimizer_sharding" in metadata:
-        return {}
-    if not hasattr(x, "shape"):
-        return {"optimizer_sharding": None}
-    mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
-    # The names of the mesh's axes, where those of the param are logical.
-    spec = nnx.get_partition_spec(param).get_value()
-    rows = zip(
-        x.shape,
-        _shardings.along(field, names, param.shape, x.shape),
-        _shardings.along(field, spec, param.shape, x.shape),
-        strict=True,
-    )
-    fitted = [
-        name if mesh.empty or size % meshes.shards(mesh, entry) == 0 else None
-        for size, name, entry in rows
-    ]
-    return {"optimizer_sharding": tuple(fitted)}

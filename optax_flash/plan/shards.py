@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from optax_flash import sharding
+from optax_flash.transforms import _inside
 
 PyTree = Any
 
@@ -75,20 +76,15 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> dict[str, i
     shardings = sharding.state_sharding(tx, params)
     counts = Counter({kind: 0 for kind in STATE})
 
-    def count(path: tuple[Any, ...], x: Any, placed: NamedSharding) -> None:
-        counts[_kind(path, x)] += _nbytes(x, placed)
-
-    jax.tree_util.tree_map_with_path(count, state, shardings)
+    rows = zip(
+        _inside.kinds(state),
+        jax.tree.leaves(state),
+        jax.tree.leaves(shardings),
+        strict=True,
+    )
+    for kind, x, placed in rows:
+        counts[kind] += _nbytes(x, placed)
     return dict(counts)
-
-
-def _kind(path: tuple[Any, ...], x: Any) -> str:
-    """Which kind of state a leaf is, by where it is."""
-    names = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
-    for kind in ("residual", "scales"):
-        if kind in names:
-            return kind
-    return "codes" if x.dtype == "uint8" else "other state"
 
 
 def _parts_name(path: tuple[Any, ...]) -> Any:

@@ -78,6 +78,34 @@ def check_step(step: Any, call: str) -> None:
         ) from None
 
 
+def of_inner_state(state: Any, name: str) -> Any:
+    """An attribute that a wrapping state lacks, as ``state.mu``: its inner state's.
+
+    Found in the order of a chain, as in ``state.inner_state[0].mu``. Some code, such
+    as ``optax.contrib.schedule_free_eval_params``, looks there.
+
+    Raises:
+      AttributeError: no state inside has a field of that name.
+    """
+    found = _field(state.inner_state, name)
+    if found:
+        return found[0]
+    raise AttributeError(
+        f"Neither {type(state).__name__} nor a state inside of it has a field {name!r}."
+    )
+
+
+def _field(state: Any, name: str) -> list[Any]:
+    """The first field of that name among states in states, if there is one."""
+    fields = getattr(type(state), "_fields", ())
+    if name in fields:
+        return [getattr(state, name)]
+    if not isinstance(state, tuple):
+        return []
+    inner = [getattr(state, x) for x in fields if x == "inner_state"]
+    return next(filter(None, (_field(x, name) for x in inner or state)), [])
+
+
 def holds_state(tree: Any) -> bool:
     """Whether a tree has the state of a transformation in it, optax's or ours."""
     return any(map(_is_state, jax.tree.leaves(tree, is_leaf=_is_state)))

@@ -14,7 +14,7 @@ from jax.extend import core
 
 from optax_flash.fusion import run
 from optax_flash.fusion.program import CALLS
-from optax_flash.transforms import _init, _mirror, _records
+from optax_flash.transforms import _init, _mirror
 
 PyTree = Any
 
@@ -40,8 +40,7 @@ def frozen(tx: optax.GradientTransformation, params: PyTree) -> list[bool]:
     shapes = jax.tree.map(
         lambda p: _init.like_float32(jax.ShapeDtypeStruct(p.shape, p.dtype)), params
     )
-    with _records.plain():
-        state = jax.eval_shape(lambda p: tx.init(p), shapes)
+    state = jax.eval_shape(lambda p: tx.init(p), shapes)
     nodes = jax.tree.leaves(state, is_leaf=_is_masked)
     if nodes and not any(map(_is_masked, nodes)):
         return nothing

@@ -107,17 +107,3 @@ def not_constant(state: PyTree) -> PyTree:
         return x + zero.astype(x.dtype) if large else x
 
     return jax.tree.map(add, state)
-
-
-def stub(x: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """What stands beside a leaf that needs no scales or residual: zeros ``(*rows, 1)``.
-
-    Every param has an array in every tree, or ``optax.tree_map_params`` with a tree of
-    PartitionSpecs would find nothing to map one to.
-    """
-    if not hasattr(x, "shape"):
-        return x
-    # Made from x, so that the rows stay sharded as they are.
-    zeros = jnp.zeros_like(x, dtype=dtype)
-    zeros = zeros if zeros.ndim else zeros[None]
-    return jnp.sum(zeros, axis=-1, keepdims=True, dtype=dtype)

@@ -12,9 +12,9 @@ from optax import MaskedNode
 PyTree = Any
 Key = Any
 
-BOXES = frozenset({"flax.Variable", "flax.AxisMetadata"})
-"""Classes, by :func:`class_name`, whose instances only hold an array and notes on it:
-variables of nnx, and the boxes of linen's partitioning. Flax may not be installed."""
+BOXES = frozenset({"flax.Variable", "flax.AxisMetadata", "haliax.NamedArray"})
+"""Classes, by :func:`class_name`, whose instances only hold an array and notes on it,
+see ``_boxes``."""
 
 
 class Mirror(NamedTuple):
@@ -66,12 +66,22 @@ def split_state(
 
 def entries(tree: PyTree, params: PyTree) -> list[Any]:
     """What a tree that mirrors the params has in the place of each of them."""
+    return entries_and_rebuild(tree, params)[0]
+
+
+def entries_and_rebuild(
+    tree: PyTree, params: PyTree
+) -> tuple[list[Any], Callable[[list[Any]], PyTree]]:
+    """The same, and what makes a tree like it of other entries.
+
+    What is not there, None or MaskedNode, stays so in the tree that is rebuilt.
+    """
     found = _entries(tree, params)
     if found is None:
         raise ValueError(
             f"{jax.tree.structure(tree)} does not mirror {jax.tree.structure(params)}."
         )
-    return found[0]
+    return found
 
 
 def leaf_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
@@ -88,9 +98,9 @@ def leaf_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> li
 
 def absent_paths(params: PyTree) -> tuple[list[str], list[str]]:
     """The paths of MaskedNodes, each of which may stand for a subtree, and of Nones."""
-    leaves = jax.tree.leaves(params, is_leaf=_is_absent)
-    paths = zip(leaf_paths(params, is_leaf=_is_absent), leaves, strict=True)
-    absent = [(path, x) for path, x in paths if _is_absent(x)]
+    leaves = jax.tree.leaves(params, is_leaf=is_absent)
+    paths = zip(leaf_paths(params, is_leaf=is_absent), leaves, strict=True)
+    absent = [(path, x) for path, x in paths if is_absent(x)]
     masked = [path for path, x in absent if x is not None]
     return masked, [path for path, x in absent if x is None]
 
@@ -104,6 +114,17 @@ def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def class_name(cls: type) -> str:
     """A class by its package and name, such as ``"optax.ScaleByAdamState"``."""
     return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
+@functools.cache
+def is_box(cls: type) -> bool:
+    """Whether the instances of a class are boxes."""
+    return not BOXES.isdisjoint(map(class_name, cls.__mro__))
+
+
+def is_placeholder(params: PyTree) -> bool:
+    """Whether this is what ``optax.tree_map_params`` gives an init for its params."""
+    return class_name(type(params)) == "optax._ParamsPlaceholder"
 
 
 def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
@@ -189,7 +210,7 @@ def narrowed(tree: PyTree, updates: PyTree) -> PyTree:
       updates: gradients.
     """
     leaves, wide = _with_absent(updates)
-    if not any(map(_is_absent, leaves)):
+    if not any(map(is_absent, leaves)):
         return tree
     entries = _flatten_up_to(wide, tree)
     return tree if entries is None else wide.unflatten(_filled(leaves, entries))
@@ -203,16 +224,16 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
       the returned one, so that leaves without a gradient keep their state.
     """
     leaves, wide = _with_absent(updates)
-    if len(leaves) < 2 or not any(map(_is_absent, leaves)):
+    if len(leaves) < 2 or not any(map(is_absent, leaves)):
         return state, lambda new: new
 
     def entries_of(node: PyTree) -> list[Any] | None:
         entries = _flatten_up_to(wide, node)
         if entries is None:
             return None
-        own = [x for x, u in zip(entries, leaves, strict=True) if not _is_absent(u)]
+        own = [x for x, u in zip(entries, leaves, strict=True) if not is_absent(u)]
         # Without a gradient at all, any container of that size would mirror them.
-        fits = all(_is_array(x) or _is_absent(x) for x in own or entries)
+        fits = all(_is_array(x) or is_absent(x) for x in own or entries)
         return entries if fits and any(map(_is_array, own or entries)) else None
 
     nodes, treedef = jax.tree.flatten(
@@ -231,7 +252,7 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
                 node
                 if column is None
                 else wide.unflatten(
-                    old if _is_absent(u) else x
+                    old if is_absent(u) else x
                     for u, old, x in zip(
                         leaves, column, wide.flatten_up_to(node), strict=True
                     )
@@ -250,7 +271,7 @@ def present(tree: PyTree, updates: PyTree) -> list[bool]:
     if entries is None:
         return [True] * len(jax.tree.leaves(tree))
     rows = zip(leaves, entries, strict=True)
-    return [not _is_absent(u) for u, x in rows for _ in jax.tree.leaves(x)]
+    return [not is_absent(u) for u, x in rows for _ in jax.tree.leaves(x)]
 
 
 def check_arrays(params: PyTree, what: str) -> None:
@@ -294,7 +315,7 @@ def _entries(
     entries = _flatten_up_to(structure, tree)
     if entries is None:
         return _entries_of_prefix(tree, params)
-    mirrors = all(_is_array(x) or _is_absent(x) for x in entries)
+    mirrors = all(_is_array(x) or is_absent(x) for x in entries)
     return (entries, structure.unflatten) if mirrors else None
 
 
@@ -302,8 +323,8 @@ def _entries_of_prefix(
     tree: PyTree, params: PyTree
 ) -> tuple[list[Any], Callable[[list[Any]], PyTree]] | None:
     """The same for a tree in which one absent leaf may stand for several params."""
-    leaves, prefix = jax.tree.flatten(tree, is_leaf=_is_absent)
-    if not all(_is_array(x) or _is_absent(x) for x in leaves):
+    leaves, prefix = jax.tree.flatten(tree, is_leaf=is_absent)
+    if not all(_is_array(x) or is_absent(x) for x in leaves):
         return None
     try:
         below = [jax.tree.structure(x).num_leaves for x in prefix.flatten_up_to(params)]
@@ -329,7 +350,7 @@ def _leaf_keys(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[tuple[Key, 
     """The keys that lead to each leaf, without those by which boxes hold an array."""
 
     def is_box_below(node: Any) -> bool:
-        return node is not tree and _is_box(type(node))
+        return node is not tree and is_box(type(node))
 
     def stop(node: Any) -> bool:
         return is_box_below(node) or is_leaf(node)
@@ -341,17 +362,12 @@ def _leaf_keys(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[tuple[Key, 
         for below in (_leaf_keys(node, is_leaf) if is_box_below(node) else [()])
     ]
     holds_an_array = len(keys) == 1 and len(keys[0]) == 1
-    return [()] if holds_an_array and _is_box(type(tree)) else keys
-
-
-@functools.cache
-def _is_box(cls: type) -> bool:
-    return not BOXES.isdisjoint(map(class_name, cls.__mro__))
+    return [()] if holds_an_array and is_box(type(tree)) else keys
 
 
 def _with_absent(tree: PyTree) -> tuple[list[Any], Any]:
     """``jax.tree.flatten`` for which None and MaskedNode are leaves."""
-    return jax.tree.flatten(tree, is_leaf=_is_absent)
+    return jax.tree.flatten(tree, is_leaf=is_absent)
 
 
 def _flatten_up_to(structure: Any, tree: PyTree) -> list[Any] | None:
@@ -369,14 +385,15 @@ def _flatten_up_to(structure: Any, tree: PyTree) -> list[Any] | None:
 def _filled(leaves: list[Any], entries: list[Any]) -> list[Any]:
     """The entries, with nothing where the leaves are nothing."""
     rows = zip(leaves, entries, strict=True)
-    return [u if _is_absent(u) else x for u, x in rows]
+    return [u if is_absent(u) else x for u, x in rows]
 
 
 def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def _is_absent(x: Any) -> bool:
+def is_absent(x: Any) -> bool:
+    """Whether a leaf is nothing: None, or what stands for what is masked."""
     return x is None or isinstance(x, MaskedNode)
 
 

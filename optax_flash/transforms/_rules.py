@@ -12,6 +12,7 @@ import jax
 from optax_flash.numerics.catalogue import get_codec
 from optax_flash.numerics.codecs import Codec
 from optax_flash.numerics.companded import Companded8
+from optax_flash.numerics.flashoptim import FlashOptim8
 from optax_flash.transforms import _mirror
 
 PyTree = Any
@@ -54,6 +55,14 @@ FIELDS_BY_STATE: Mapping[str, Mapping[str, bool | None]] = MappingProxyType(
     }
 )
 """State classes whose fields mean something else: signed, unsigned, or left alone."""
+
+
+SHARDS = 8
+"""Into how many shards a long last axis divides without cutting groups, if it can."""
+LONG_AXIS = 1024
+"""From how many columns on. Shorter axes are rarely sharded so finely."""
+SMALLEST_GROUP = 8
+"""Smaller groups would spend more on scales than they keep apart."""
 
 
 class Field(NamedTuple):
@@ -148,7 +157,7 @@ class Rules:
             and (x.shape == shape or field.factors)
             and x.shape == coded_shape(codec, codec.codes_shape(x.shape), shape)
         )
-        return codec if fits else None
+        return grouped(codec, x.shape) if codec is not None and fits else None
 
     def check(self, state: PyTree, params: PyTree) -> None:
         """Raises where the rules do not fit a new state, or do not say enough of it.
@@ -266,6 +275,23 @@ class Rules:
         entries = [f"{key!r}: {_written(x)}" for key, x in patterns]
         entries.append(f"{name!r}: {_written(codec, with_sign=True)}")
         return f"{{{', '.join(entries)}}}"
+
+
+def grouped(codec: Codec, shape: tuple[int, ...]) -> Codec:
+    """The codec for an array of ``shape``, in groups that shards of it can hold whole.
+
+    A head of 151,936 columns divides into eight shards, and its 4,748 groups of 32 do
+    not: groups of 16 do. Global shapes alone decide, so that the codes are the same
+    however they are sharded. The published format keeps its group.
+    """
+    *_, n = shape or (1,)
+    published = isinstance(codec, FlashOptim8)
+    if published or n < LONG_AXIS or n % SHARDS:
+        return codec
+    group, columns = codec.group, n // SHARDS
+    while columns % group and group % 2 == 0 and group > SMALLEST_GROUP:
+        group //= 2
+    return codec if columns % group else dataclasses.replace(codec, group=group)
 
 
 def coded_shape(

@@ -1,7 +1,7 @@
 """``compress``: any optax transformation, its state stored in codes."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from optax_flash.numerics import hashing
 from optax_flash.numerics.codecs import Codec
 from optax_flash.transforms import (
     _arguments,
+    _boxes,
     _dtypes,
     _feedback,
     _init,
     _mirror,
-    _records,
     _rounding,
 )
 from optax_flash.transforms._extra_args import with_extra_args
@@ -29,7 +29,9 @@ from optax_flash.transforms._rules import (
     Field,
     Rules,
     coded_shape,
+    grouped,
 )
+from optax_flash.transforms._stored import StateCodecs, Stored
 
 PyTree = Any
 
@@ -42,8 +44,10 @@ class CompressState(NamedTuple):
       inner_state: the wrapped transformation's own state. In a compressed leaf's
         place are its codes. # uint8, shape of the leaf; with 4 bits (*rows, n / 2)
       scales: for each compressed field, as ``"mu_scales"``, a tree that mirrors the
-        params. # shape=(*rows, groups), the codec's scale dtype. A leaf that is not
-        compressed has ``(*rows, 1)`` zeros here, so that every param has an array.
+        params. # shape=(*rows, groups), the codec's scale dtype; MaskedNode for a leaf
+        that is not compressed
+      codecs: how each compressed leaf is stored. A part of the tree's structure, like
+        the fields' names: no array.
       carried: None, except where derivatives go through updates. Then for each
         compressed field, as ``"mu_carried"``, a tree that mirrors the params, of zeros
         whose derivatives are those of the arrays in codes; None for a leaf that is not
@@ -53,7 +57,11 @@ class CompressState(NamedTuple):
     step: jax.typing.ArrayLike
     inner_state: optax.OptState
     scales: dict[str, PyTree]
+    codecs: StateCodecs
     carried: dict[str, PyTree] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return _arguments.of_inner_state(self, name)
 
 
 def compress(
@@ -153,12 +161,12 @@ def compress(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "compress")
-        params = _init.as_arrays(params)
-        if _records.is_uncompressed():
-            return inner.init(jax.tree.map(_init.like_float32, params))
-        if _records.active():
-            _record(rules, inner, params)
-        return _records.with_config(init_arrays(params), params, rules)
+        boxed = _init.as_arrays(params)
+        state = init_arrays(_boxes.unboxed(boxed))
+        if _mirror.is_placeholder(params):
+            # Which params have scales is not known, so none of them are the params'.
+            return state._replace(scales=0, codecs=0)
+        return _boxes.fitted(state, boxed)
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
@@ -166,7 +174,7 @@ def compress(
         _check_compressed_once(inner_state)
         rules.check(inner_state, params)
         inner_state = _init.not_constant(inner_state)
-        return encode_state(rules, inner_state, params)
+        return _new_state(rules, inner_state, params)
 
     def update(
         updates: optax.Updates,
@@ -180,6 +188,8 @@ def compress(
                 f"compress: the state is a {type(state).__name__}, not a "
                 "CompressState. Pass what this transformation's init returned."
             )
+        boxed_updates, boxed_state = updates, state
+        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         params = _init.as_arrays(_mirror.narrowed(params, updates))
         if params is not None:
@@ -238,14 +248,17 @@ def compress(
         new_updates, new_state = run.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
-        return new_updates, widen(new_state)
+        return (
+            _boxes.like(new_updates, boxed_updates),
+            _boxes.like(widen(new_state), boxed_state),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_compressed_once(inner_state: PyTree) -> None:
     def is_compressed(node: Any) -> bool:
-        return isinstance(node, CompressState | _records.Configured)
+        return isinstance(node, CompressState)
 
     if any(map(is_compressed, jax.tree.leaves(inner_state, is_leaf=is_compressed))):
         raise ValueError(
@@ -256,57 +269,90 @@ def _check_compressed_once(inner_state: PyTree) -> None:
         )
 
 
-def encode_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
+def _new_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressState:
     """A state at step 0 that stands for an inner state, rounded to nearest.
 
     Args:
       rules: of the transformation.
-      inner_state: the wrapped transformation's, in float32.
+      inner_state: the wrapped transformation's.
       params: anything that has their paths and shapes.
     """
     parts, join = _mirror.split_state(inner_state, params)
-    fields = rules.fields(parts)
-    codecs = _codecs_at_init(rules, inner_state, params)
-    scales = {}
-    for field, column in zip(fields, codecs, strict=True):
-        entries, of_field = list(parts[field.part].entries), []
-        for i, codec in enumerate(column):
+    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
+    structure = jax.tree.structure(params)
+    # Which leaf of the inner state each entry is, from the leaves' numbers.
+    leaves, treedef = jax.tree.flatten(inner_state)
+    numbered = treedef.unflatten(map(_numbered, leaves, range(len(leaves))))
+    numbers, _ = _mirror.split_state(numbered, params)
+    scales, stored = {}, {}
+    for field in rules.fields(parts):
+        mirror = parts[field.part]
+        entries = list(mirror.entries)
+        of_field = [optax.MaskedNode()] * len(entries)
+        stored[field.key] = []
+        for i, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
+            x = entries[i]
+            codec = rules.codec_at_init(field, path, shape, x)
             if codec is None:
-                of_field.append(_init.stub(entries[i], jnp.bfloat16))
-            else:
-                entries[i], scale = _encode_to_nearest(codec, entries[i])
-                of_field.append(scale)
-        parts[field.part] = parts[field.part].rebuild(entries)
-        scales[field.key] = jax.tree.structure(params).unflatten(of_field)
+                continue
+            entries[i], of_field[i] = _encode_to_nearest(codec, x)
+            at = numbers[field.part].entries[i].at
+            stored[field.key].append(
+                Stored(path, field.name, codec, x.shape, np.dtype(x.dtype), at)
+            )
+        parts[field.part] = mirror.rebuild(entries)
+        scales[field.key] = structure.unflatten(of_field)
     return CompressState(
-        step=jnp.zeros([], jnp.int32), inner_state=join(_trees(parts)), scales=scales
+        step=jnp.zeros([], jnp.int32),
+        inner_state=join(_trees(parts)),
+        scales=scales,
+        # As jax.tree.leaves has the scales.
+        codecs=StateCodecs(tuple(x for key in sorted(stored) for x in stored[key])),
     )
 
 
-def decode_state(rules: Rules, state: CompressState, params: PyTree) -> PyTree:
-    """The inner state that a state stands for, in float32.
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """An array's shape and dtype, and its place among the leaves of its tree."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    at: int
+
+
+def _numbered(x: Any, at: int) -> Any:
+    return _Numbered(x.shape, x.dtype, at) if hasattr(x, "dtype") else x
+
+
+def encoded(state: CompressState, inner_state: PyTree) -> CompressState:
+    """A state at step 0 that stands for another inner state, rounded to nearest.
 
     Args:
-      rules: of the transformation that the state is of.
-      state: its codes.
-      params: anything that has their paths and shapes.
-
-    Raises:
-      ValueError: the state is not of these rules or params.
+      state: its codecs are used, and its structure.
+      inner_state: the wrapped transformation's, as ``state`` decodes.
     """
-    parts, join = _checked_parts(rules, state, params)
-    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
-    for field in rules.fields(parts):
-        entries = list(parts[field.part].entries)
-        scales = _mirror.entries(state.scales[field.key], params)
-        carried = _carried(state, field, jax.tree.structure(params))
-        for i, row in enumerate(zip(paths, shapes, entries, scales, strict=True)):
-            stored = _stored(rules, field, *row)
-            if stored is not None:
-                x = _decode_array(*stored, entries[i], scales[i])
-                entries[i] = _with_derivative(x, carried[i])
-        parts[field.part] = parts[field.part].rebuild(entries)
-    return join(_trees(parts))
+    leaves, structure = jax.tree.flatten(inner_state)
+    scales = []
+    for entry in state.codecs.leaves:
+        codes, scale = _encode_to_nearest(entry.codec, leaves[entry.at])
+        leaves[entry.at] = codes
+        scales.append(scale)
+    return CompressState(
+        step=jnp.zeros([], jnp.int32),
+        inner_state=structure.unflatten(leaves),
+        scales=jax.tree.structure(state.scales).unflatten(scales),
+        codecs=state.codecs,
+    )
+
+
+def decoded(state: CompressState) -> PyTree:
+    """The inner state that a state stands for."""
+    leaves, structure = jax.tree.flatten(state.inner_state)
+    carried = _carried_leaves(state)
+    for entry, x in zip(in_codes(state), carried, strict=True):
+        array = _decode_array(entry.codec, entry.shape, entry.codes, entry.scales)
+        leaves[entry.at] = _with_derivative(_dtypes.as_dtype(array, entry.dtype), x)
+    return structure.unflatten(leaves)
 
 
 class InCodes(NamedTuple):
@@ -314,40 +360,33 @@ class InCodes(NamedTuple):
 
     Attributes:
       name: the param's path and the field, such as ``"decoder/kernel/mu"``.
-      shape: of the array that the codes stand for.
       codec: the codec.
+      shape: of the array that the codes stand for.
+      dtype: of that array.
+      at: its place among the leaves of the inner state.
       codes: what the state holds in the array's place.
       scales: theirs.
     """
 
     name: str
-    shape: tuple[int, ...]
     codec: Codec
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    at: int
     codes: jax.Array
     scales: jax.Array
 
 
-def in_codes(rules: Rules, state: CompressState, params: PyTree) -> Iterator[InCodes]:
-    """The leaves of a state that are in codes.
-
-    Args:
-      rules: of the transformation that the state is of.
-      state: may lack params that were masked.
-      params: anything that has their paths and shapes, such as gradients.
-
-    Raises:
-      ValueError: the state is not of these rules or params.
-    """
-    parts, _ = _checked_parts(rules, state, params)
-    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
-    for field in rules.fields(parts):
-        scales = _mirror.entries(state.scales[field.key], params)
-        rows = zip(paths, shapes, parts[field.part].entries, scales, strict=True)
-        for path, shape, x, scale in rows:
-            stored = _stored(rules, field, path, shape, x, scale)
-            if stored is not None:
-                codec, shape = stored
-                yield InCodes(f"{path}/{field.name}", shape, codec, x, scale)
+def in_codes(state: CompressState) -> Iterator[InCodes]:
+    """The leaves of a state that are in codes, in the order of its scales."""
+    leaves, scales = jax.tree.leaves(state.inner_state), jax.tree.leaves(state.scales)
+    for entry, scale in zip(state.codecs.leaves, scales, strict=True):
+        codes = leaves[entry.at]
+        # Inside shard_map the codes are those of a shard.
+        shape = coded_shape(entry.codec, codes.shape, entry.shape)
+        yield InCodes(
+            entry.name, entry.codec, shape, entry.dtype, entry.at, codes, scale
+        )
 
 
 class _Bundle(NamedTuple):
@@ -368,23 +407,6 @@ class _Bundle(NamedTuple):
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
     arrays: tuple[jax.Array, ...] = ()
-
-
-def _codecs_at_init(
-    rules: Rules, inner_state: PyTree, params: PyTree
-) -> list[list[Codec | None]]:
-    """For each field, the codec of each param's entry; None leaves it as it is."""
-    parts, _ = _mirror.split_state(inner_state, params)
-    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
-    return [
-        [
-            rules.codec_at_init(field, path, shape, x)
-            for path, shape, x in zip(
-                paths, shapes, parts[field.part].entries, strict=True
-            )
-        ]
-        for field in rules.fields(parts)
-    ]
 
 
 def _momenta(
@@ -476,12 +498,12 @@ def _encode(
     leaves, structure = jax.tree.flatten(updates)
     values = [list(parts[field.part].entries) for field in fields]
     decoded = [list(column) for column in values]
-    scales = [structure.flatten_up_to(old.scales[field.key]) for field in fields]
+    scales, rebuild = _scales(old, fields, updates)
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
     most_of = _rounding.apart(_most, zero)
     for name, i, of_param, codecs, shape, old_arrays in bundles:
-        arrays = [values[j][i] for j in of_param]
+        arrays = [_dtypes.as_dtype(values[j][i], np.float32) for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
         told = range(len(of_param)) if feedback.looks_ahead(i) else fed
         most = [
@@ -502,9 +524,10 @@ def _encode(
         step=optax.safe_increment(old.step),
         inner_state=_rejoined(parts, fields, values, join),
         scales={
-            field.key: structure.unflatten(entries)
-            for field, entries in zip(fields, scales, strict=True)
+            field.key: rebuilt(entries)
+            for field, entries, rebuilt in zip(fields, scales, rebuild, strict=True)
         },
+        codecs=old.codecs,
         carried={
             _carried_key(field): structure.unflatten(entries)
             for field, entries in zip(fields, carried, strict=True)
@@ -541,6 +564,17 @@ def _rejoined(
     return join(_trees(parts))
 
 
+def _scales(
+    state: CompressState, fields: list[Field], updates: PyTree
+) -> tuple[list[list[Any]], list[Any]]:
+    """The scales of each field's entries, and what makes a tree of others."""
+    found = [
+        _mirror.entries_and_rebuild(state.scales[field.key], updates)
+        for field in fields
+    ]
+    return [list(entries) for entries, _ in found], [rebuild for _, rebuild in found]
+
+
 def _shapes(updates: PyTree, params: PyTree = None) -> list[tuple[int, ...] | None]:
     """The shape of each leaf; None for one that is not real floating.
 
@@ -567,11 +601,11 @@ def _decode(
     fields = rules.fields(parts)
     structure = jax.tree.structure(updates)
     values = [list(parts[field.part].entries) for field in fields]
-    scales = [structure.flatten_up_to(state.scales[field.key]) for field in fields]
+    scales, _ = _scales(state, fields, updates)
     carried = [_carried(state, field, structure) for field in fields]
     stored = [
         [
-            _stored(rules, field, path, shape, x, scale)
+            _stored(rules, state.codecs, field, path, shape, x, scale)
             for path, shape, x, scale in zip(paths, shapes, *columns, strict=True)
         ]
         for field, *columns in zip(fields, values, scales, strict=True)
@@ -580,7 +614,7 @@ def _decode(
     for k, (_, i, of_param, codecs, shape, _) in enumerate(bundles):
         codes = [columns[j][i] for columns in (values, scales) for j in of_param]
         arrays = [
-            _with_derivative(x, carried[j][i])
+            _dtypes.as_dtype(_with_derivative(x, carried[j][i]), stored[j][i].dtype)
             for j, x in zip(of_param, ops.Decode(codecs, shape)(*codes), strict=True)
         ]
         bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
@@ -591,38 +625,42 @@ def _decode(
     return join(_trees(parts)), bundles
 
 
-def with_carried(rules: Rules, state: CompressState, params: PyTree) -> CompressState:
-    """The same state, which carries derivatives from here on.
-
-    Args:
-      rules: of the transformation that the state is of.
-      state: its codes.
-      params: anything that has their paths and shapes.
-
-    Raises:
-      ValueError: the state is not of these rules or params.
-    """
+def with_carried(state: CompressState) -> CompressState:
+    """The same state, which carries derivatives from here on."""
     if state.carried is not None:
         return state
-    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
-    _, bundles = _decode(rules, state, params, paths, shapes)
-    parts, _ = _checked_parts(rules, state, params)
-    fields = rules.fields(parts)
-    structure = jax.tree.structure(params)
-    carried = [[None] * structure.num_leaves for _ in fields]
-    for bundle in bundles:
-        for j, x in zip(bundle.fields, bundle.arrays, strict=True):
-            carried[j][bundle.param] = _derivative_of(x)
+    zeros = iter(
+        [
+            _derivative_of(_decode_array(x.codec, x.shape, x.codes, x.scales))
+            for x in in_codes(state)
+        ]
+    )
+
+    def carried(scales: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x: None if isinstance(x, optax.MaskedNode) else next(zeros),
+            scales,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )
+
+    fields = {key.removesuffix(_SCALES): x for key, x in sorted(state.scales.items())}
     return state._replace(
-        carried={
-            _carried_key(field): structure.unflatten(entries)
-            for field, entries in zip(fields, carried, strict=True)
-        }
+        carried={f"{name}{_CARRIED}": carried(x) for name, x in fields.items()}
     )
 
 
+def _carried_leaves(state: CompressState) -> list[Any]:
+    """What carries the derivatives of each leaf in codes; None where nothing does."""
+    leaves = jax.tree.leaves(state.carried)
+    return leaves or [None] * len(state.codecs.leaves)
+
+
+_SCALES = "_scales"
+_CARRIED = "_carried"
+
+
 def _carried_key(field: Field) -> str:
-    return f"{field.name}_carried"
+    return f"{field.name}{_CARRIED}"
 
 
 def _carried(state: CompressState, field: Field, structure: Any) -> list[Any]:
@@ -679,53 +717,56 @@ def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -
     return parts, join
 
 
-class _Stored(NamedTuple):
-    """An entry in codes: by which codec, and the shape of the array they stand for."""
+class _Found(NamedTuple):
+    """An entry in codes: by which codec, and the array that they stand for."""
 
     codec: Codec
     shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def _stored(
     rules: Rules,
+    codecs: StateCodecs,
     field: Field,
     path: str,
     shape: tuple[int, ...] | None,
     x: Any,
     scale: Any,
-) -> _Stored | None:
+) -> _Found | None:
     """How the state holds an entry of a param of ``shape``, checked against the rules.
 
     None where it holds the array itself, or nothing.
     """
     if not hasattr(x, "dtype") or shape is None:
         return None
+    entry = codecs.by_name.get(f"{path}/{field.name}")
     codec = rules.codec(field, path)
-    if x.dtype != jnp.uint8:
+    if entry is None:
         # Inside shard_map shapes are local, so a large array may look small, never the
         # other way round.
-        if rules.codec_at_init(field, path, shape, x) is None:
+        small = rules.codec_at_init(field, path, shape, x) is None
+        if x.dtype != jnp.uint8 and small:
             return None
-    elif codec is not None:
+    elif codec is not None and grouped(codec, entry.shape) == entry.codec:
+        codec = entry.codec
         found = coded_shape(codec, x.shape, shape)
-        if (
-            (found == shape or field.factors)
-            and scale.shape == codec.scales_shape(found)
-            and scale.dtype == codec.scale_dtype
-        ):
-            return _Stored(codec, found)
         whole = (
-            found != shape
-            and scale.shape == codec.scales_shape(found)
+            x.dtype == jnp.uint8
+            and getattr(scale, "shape", None) == codec.scales_shape(found)
             and scale.dtype == codec.scale_dtype
         )
+        if whole and (found == shape or field.factors):
+            return _Found(codec, found, entry.dtype)
         if whole:
             raise _other_shape(path, shape, field, found)
+    scales = f"{scale.dtype}{list(scale.shape)}" if hasattr(scale, "dtype") else "none"
+    there = f", made by {entry.codec!r}," if entry else ""
     raise ValueError(
         f"compress: '{path}/{field.name}' is stored as {x.dtype}{list(x.shape)} with "
-        f"scales {scale.dtype}{list(scale.shape)}, but a param of shape {list(shape)} "
-        f"under {codec!r} is not. The state was made with other codecs, another "
-        "min_size or other shapes: pass those to compress, or call init again."
+        f"scales {scales}{there} but a param of shape {list(shape)} under {codec!r} is "
+        "not. The state was made with other codecs, another min_size or other shapes: "
+        "pass those to compress, or call init again."
     )
 
 
@@ -759,7 +800,7 @@ def _explain(
 
 
 def _bundles(
-    stored: list[list[_Stored | None]],
+    stored: list[list[_Found | None]],
     fields: list[Field],
     paths: list[str],
     shapes: list[tuple[int, ...] | None],
@@ -767,7 +808,7 @@ def _bundles(
     """All entries in codes: a param's, if shaped like it, together; others alone."""
     bundles = []
     for i, of_param in enumerate(zip(*stored, strict=True)):
-        present = [(j, *entry) for j, entry in enumerate(of_param) if entry]
+        present = [(j, *entry[:2]) for j, entry in enumerate(of_param) if entry]
         own = shapes[i]
         alike = [(j, codec) for j, codec, shape in present if shape == own]
         if alike and own is not None:
@@ -794,27 +835,3 @@ def _decode_array(
 
 def _trees(parts: list[Any]) -> list[Any]:
     return [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]
-
-
-def _record(rules: Rules, inner: optax.GradientTransformation, params: PyTree) -> None:
-    """Notes how each leaf is stored, for reports and checkpoint formats."""
-    state = jax.eval_shape(inner.init, jax.tree.map(_init.like_float32, params))
-    parts, _ = _mirror.split_state(state, params)
-    codecs = _codecs_at_init(rules, state, params)
-    paths = _mirror.leaf_paths(params)
-    for field, column in zip(rules.fields(parts), codecs, strict=True):
-        entries = parts[field.part].entries
-        for path, x, codec in zip(paths, entries, column, strict=True):
-            if codec is not None:
-                scales = math.prod(codec.scales_shape(x.shape))
-                _records.add(
-                    _records.Record(
-                        path=path,
-                        field=field.name,
-                        codec=repr(codec),
-                        shape=x.shape,
-                        group=codec.group,
-                        code_bytes=math.prod(codec.codes_shape(x.shape)),
-                        scale_bytes=scales * jnp.dtype(codec.scale_dtype).itemsize,
-                    )
-                )

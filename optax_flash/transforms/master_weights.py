@@ -11,13 +11,14 @@ from optax_flash.fusion import ops, run
 from optax_flash.numerics import hashing, weights
 from optax_flash.transforms import (
     _arguments,
+    _boxes,
     _dtypes,
     _frozen,
     _init,
     _mirror,
-    _records,
 )
 from optax_flash.transforms._extra_args import with_extra_args
+from optax_flash.transforms._stored import StateCodecs, Stored
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
@@ -29,17 +30,21 @@ class MasterWeightsState(NamedTuple):
     Attributes:
       step: updates so far; decides the stochastic rounding. # shape=(), dtype=int32
       residual: mirrors the params. # shape of the param, uint8 (24 bits) or uint16 (32)
-        for bfloat16 and float16 params, MaskedNode for those that are frozen;
-        ``(*rows, 1)`` zeros for others
+        for bfloat16 and float16 params; MaskedNode for others, and for frozen ones
       inner_state: the wrapped transformation's state.
       digest: one number for each param, by which :func:`changed_params` knows them.
         # shape=(params,), dtype=uint32; None unless asked for
+      codecs: how each residual is stored. A part of the tree's structure: no array.
     """
 
     step: jax.typing.ArrayLike
     residual: PyTree
     inner_state: optax.OptState
     digest: jax.Array | None
+    codecs: StateCodecs
+
+    def __getattr__(self, name: str) -> Any:
+        return _arguments.of_inner_state(self, name)
 
 
 def master_weights(
@@ -136,31 +141,32 @@ def master_weights(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "master_weights")
-        params = _init.as_arrays(params)
-        if _records.is_uncompressed():
-            return inner.init(jax.tree.map(_init.like_float32, params))
+        boxed = _init.as_arrays(params)
+        params = _boxes.unboxed(boxed)
         leaves = jax.tree.leaves(params)
         frozen = [False] * len(leaves)
         if any(map(weights.is_split, leaves)):
             frozen = _frozen.frozen(inner, params)
-        if _records.active():
-            _record(residual_codec, params, frozen)
 
         @_init.compiled
         def init_arrays(params: optax.Params) -> MasterWeightsState:
             leaves, structure = jax.tree.flatten(params)
             rows = zip(leaves, frozen, strict=True)
-            residual = structure.unflatten(
-                [_zero_residual(residual_codec, *row) for row in rows]
-            )
+            codecs = _codecs(residual_codec, params, frozen)
             return MasterWeightsState(
                 step=jnp.zeros([], jnp.int32),
-                residual=residual,
+                residual=structure.unflatten(
+                    [_zero_residual(residual_codec, *row) for row in rows]
+                ),
                 inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
-                digest=_digest(params, residual) if track_params else None,
+                digest=_digest(params, codecs) if track_params else None,
+                codecs=codecs,
             )
 
-        return init_arrays(params)
+        state = init_arrays(params)
+        if _mirror.is_placeholder(params):
+            return state._replace(codecs=0)
+        return _boxes.fitted(state, boxed)
 
     def update(
         updates: optax.Updates,
@@ -174,6 +180,8 @@ def master_weights(
                 "master_weights: update needs the params, the residual is a part of "
                 "them. Call update(grads, state, params)."
             )
+        boxed_updates, boxed_state = updates, state
+        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         given = _mirror.narrowed(params, updates)
         params = _init.as_arrays(given)
@@ -183,9 +191,9 @@ def master_weights(
             params,
             "master_weights: the gradient",
         )
-        whole = state
-        state, widen = _mirror.narrow(state, updates)
         _check_state(residual_codec, state, params)
+        codecs = state.codecs
+        state, widen = _mirror.narrow(state, updates)
         emit_params = finished and not run.is_dry()
         paths = _mirror.leaf_paths(updates)
         structure = jax.tree.structure(updates)
@@ -222,9 +230,10 @@ def master_weights(
                 step=optax.safe_increment(state.step),
                 residual=residual,
                 inner_state=inner_state,
-                digest=_new_digest(state.digest, whole.residual, produced, residual)
+                digest=_new_digest(state.digest, codecs, produced)
                 if track_params
                 else None,
+                codecs=codecs,
             )
 
         new_updates, new_state = run.run(
@@ -236,14 +245,14 @@ def master_weights(
             names=paths,
             in_place_of="params" if emit_params else "updates",
         )
-        new_state = widen(new_state)
+        new_state = _boxes.like(widen(new_state), boxed_state)
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
             old = structure.flatten_up_to(given)
             new_updates = structure.unflatten(
                 [FinishedParam(*x) for x in zip(leaves, paths, old, strict=True)]
             )
-        return new_updates, new_state
+        return _boxes.like(new_updates, boxed_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -358,7 +367,7 @@ def set_master_params(
     residual = structure.unflatten([_residual_leaf(*row) for row in rows])
     digest = old.digest
     if digest is not None:
-        digest = _new_digest(digest, old.residual, params, residual)
+        digest = _new_digest(digest, old.codecs, params)
     new = widen(known._replace(residual=residual, digest=digest))
     return jax.tree.map(
         lambda node: new if node is old else node,
@@ -389,13 +398,12 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
             "master_weights(..., track_params=True)."
         )
     _check_state(None, found, params)
-    known = _mirror.present(found.residual, params)
-    digest = np.asarray(found.digest)[np.flatnonzero(known)]
-    tracked = _tracked(params, found.residual)
-    changed = np.asarray(_digest(params, found.residual)) != digest
-    return [
-        path for (path, _), differs in zip(tracked, changed, strict=True) if differs
-    ]
+    known = [i for i, _ in _tracked(params, found.codecs)]
+    changed = (
+        np.asarray(_digest(params, found.codecs)) != np.asarray(found.digest)[known]
+    )
+    tracked = [found.codecs.tracked[i] for i in known]
+    return [path for path, differs in zip(tracked, changed, strict=True) if differs]
 
 
 def _any_split(params: PyTree) -> bool:
@@ -576,41 +584,57 @@ def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _zero_residual(codec: weights.ResidualCodec, param: jax.Array, frozen: bool) -> Any:
-    if weights.is_split(param):
-        if frozen:
-            return optax.MaskedNode()
-        return jnp.zeros_like(param, dtype=codec.dtype)
-    return _init.stub(param, codec.dtype)
+    if not weights.is_split(param) or frozen:
+        return optax.MaskedNode()
+    return jnp.zeros_like(param, dtype=codec.dtype)
 
 
-def _tracked(params: PyTree, residual: PyTree) -> list[tuple[str, Any]]:
-    """Paths and values of the params that have an entry in the state's residuals."""
-    entries = _mirror.entries(_mirror.narrowed(residual, params), params)
-    rows = zip(
-        _mirror.leaf_paths(params), jax.tree.leaves(params), entries, strict=True
+def _codecs(
+    codec: weights.ResidualCodec, params: PyTree, frozen: list[bool]
+) -> StateCodecs:
+    """How the params' residuals are stored, and which params a digest is of."""
+    rows = zip(_mirror.leaf_paths(params), jax.tree.leaves(params), frozen, strict=True)
+    moving = [(path, p) for path, p, is_frozen in rows if not is_frozen]
+    split = [(path, p) for path, p in moving if weights.is_split(p)]
+    return StateCodecs(
+        tuple(
+            Stored(path, "residual", codec, p.shape, codec.dtype, i)
+            for i, (path, p) in enumerate(split)
+        ),
+        tracked=tuple(path for path, _ in moving),
     )
-    return [(path, p) for path, p, r in rows if hasattr(r, "dtype")]
+
+
+def _tracked(params: PyTree, codecs: StateCodecs) -> list[tuple[int, Any]]:
+    """Places in the digest, and the params that they are of.
+
+    Args:
+      params: may lack some of those that the state is of.
+      codecs: of the state.
+    """
+    places = {path: i for i, path in enumerate(codecs.tracked)}
+    rows = zip(_mirror.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    return [(places[path], p) for path, p in rows if path in places]
 
 
 def _new_digest(
-    old: jax.Array | None, residual: PyTree, params: PyTree, new_residual: PyTree
+    old: jax.Array | None, codecs: StateCodecs, params: PyTree
 ) -> jax.Array | None:
     """The digest of a state, of which some params have changed.
 
     Args:
       old: the state's digest; None where it has none yet.
-      residual: its residuals.
+      codecs: of the state.
       params: may lack some of those that the state is of.
-      new_residual: may lack the same.
     """
-    new = _digest(params, new_residual)
-    changed = _mirror.present(residual, new_residual)
-    if all(changed):
+    new = _digest(params, codecs)
+    places = [i for i, _ in _tracked(params, codecs)]
+    if len(places) == len(codecs.tracked):
         return new
-    return None if old is None else old.at[np.flatnonzero(changed)].set(new)
+    return None if old is None else old.at[np.array(places, np.int32)].set(new)
 
 
-def _digest(params: optax.Params, residual: PyTree) -> jax.Array:
+def _digest(params: optax.Params, codecs: StateCodecs) -> jax.Array:
     """A number for each param that depends on all its bits and their places.
 
     Frozen params, which have no residual, have none here.
@@ -621,7 +645,7 @@ def _digest(params: optax.Params, residual: PyTree) -> jax.Array:
             return jnp.zeros([], jnp.uint32)
         return hashing.digest(p)
 
-    leaves = [digest(p) for _, p in _tracked(params, residual)]
+    leaves = [digest(p) for _, p in _tracked(params, codecs)]
     return jnp.stack(leaves) if leaves else jnp.zeros([0], jnp.uint32)
 
 
@@ -656,7 +680,15 @@ def _check_state(
         strict=True,
     )
     for path, p, r in triples:
-        if not weights.is_split(p) or not hasattr(r, "dtype"):
+        if not weights.is_split(p):
+            continue
+        if not hasattr(r, "dtype"):
+            if path in state.codecs.tracked:
+                raise ValueError(
+                    f"master_weights: {path!r} is {p.dtype}{list(p.shape)}, but the "
+                    "state has no residual for it: init saw another dtype. Pass the "
+                    "params that the state was made for, or call init again."
+                )
             continue
         if r.shape != p.shape:
             raise ValueError(
@@ -671,23 +703,4 @@ def _check_state(
                 f"residual {dtype}{list(p.shape)}, but the state has {r.dtype}"
                 f"{list(r.shape)}. The state was made for other params, bits or "
                 "another codec: pass those, or call init again."
-            )
-
-
-def _record(codec: weights.ResidualCodec, params: PyTree, frozen: list[bool]) -> None:
-    """Notes how each param is split, for reports and checkpoint formats."""
-    for path, p, is_frozen in zip(
-        _mirror.leaf_paths(params), jax.tree.leaves(params), frozen, strict=True
-    ):
-        if weights.is_split(p) and not is_frozen:
-            _records.add(
-                _records.Record(
-                    path=path,
-                    field="residual",
-                    codec=repr(codec),
-                    shape=p.shape,
-                    group=1,
-                    code_bytes=p.size * codec.dtype.itemsize,
-                    scale_bytes=0,
-                )
             )

@@ -1,0 +1,179 @@
+"""Boxes: nodes that hold one array and notes on it, such as the names of its axes.
+
+Variables of Flax's nnx, the boxes of linen's partitioning and the named arrays of
+haliax. An optimizer computes with what is in them. A state's arrays come in the boxes
+of their params, with those names that fit their own shapes, so that trainers which
+shard a state by its names need not know ours. The libraries may not be installed.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+
+from optax_flash.numerics import meshes
+from optax_flash.transforms import _mirror, _shardings
+
+PyTree = Any
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node is a box."""
+    return _mirror.is_box(type(node))
+
+
+def has_boxes(tree: PyTree) -> bool:
+    """Whether a tree has boxes in it."""
+    return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """The tree with what the boxes hold in their places."""
+    if not has_boxes(tree):
+        return tree
+    return jax.tree.map(lambda x: _held(x) if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def like(tree: PyTree, boxed: PyTree) -> PyTree:
+    """A tree in the boxes of another one.
+
+    Args:
+      tree: has the structure of ``unboxed(boxed)``.
+      boxed: the tree whose boxes it gets.
+    """
+    if not has_boxes(boxed):
+        return tree
+    nodes, structure = jax.tree.flatten(boxed, is_leaf=is_box)
+    held = structure.flatten_up_to(tree)
+    return structure.unflatten(
+        [
+            _with_held(node, x) if is_box(node) else x
+            for node, x in zip(nodes, held, strict=True)
+        ]
+    )
+
+
+def fitted(state: PyTree, params: PyTree) -> PyTree:
+    """A new state in the boxes of its params, with the names that fit its arrays.
+
+    A name stays where the state's axis divides by as many shards as the param's does.
+    Where no mesh is known, that is as many as the number of devices allows.
+
+    Args:
+      state: of arrays.
+      params: in their boxes; without any, the state is returned as it is.
+    """
+    if not has_boxes(params):
+        return state
+    boxes = jax.tree.leaves(params, is_leaf=is_box)
+    parts, join = _mirror.split_state(state, unboxed(params))
+
+    def in_boxes(part: _mirror.Mirror) -> PyTree:
+        rows = zip(boxes, part.entries, strict=True)
+        return part.rebuild([_fitted(part.name, box, x) for box, x in rows])
+
+    return join([in_boxes(x) if isinstance(x, _mirror.Mirror) else x for x in parts])
+
+
+def _held(box: Any) -> Any:
+    leaves = jax.tree.leaves(box)
+    return leaves[0] if leaves else optax.MaskedNode()
+
+
+def _with_held(box: Any, x: Any) -> Any:
+    return x if _mirror.is_absent(x) else jax.tree.structure(box).unflatten([x])
+
+
+def _fitted(field: str, box: Any, x: Any) -> Any:
+    """An array of a state in the box of its param."""
+    if not is_box(box) or _mirror.is_absent(x):
+        return x
+    shape = _held(box).shape
+    if _mirror.class_name(type(box)) == "haliax.NamedArray":
+        return _with_axes(field, box, shape, x)
+    if hasattr(box, "get_metadata"):
+        return _variable(field, box, shape, x)
+    names = getattr(box, "names", None)
+    boxed = _with_held(box, x)
+    if not isinstance(names, tuple):
+        return boxed
+    kept = _kept(field, names, shape, x.shape, _mesh_of(box))
+    return dataclasses.replace(boxed, names=kept)
+
+
+def _variable(field: str, variable: Any, shape: tuple[int, ...], x: Any) -> Any:
+    """An array in a variable of nnx, whose optimizers read ``optimizer_sharding``."""
+    metadata = variable.get_metadata()
+    names = metadata.get("out_sharding")
+    boxed = _with_held(variable, x)
+    is_names = isinstance(names, tuple | jax.sharding.PartitionSpec)
+    if not is_names or "optimizer_sharding" in metadata:
+        return boxed
+    kept = _kept(field, names, shape, x.shape, _mesh_of(variable))
+    return boxed.replace(x, optimizer_sharding=kept)
+
+
+def _with_axes(field: str, array: Any, shape: tuple[int, ...], x: Any) -> Any:
+    """An array in a named one; axes that are not the param's have names of their own.
+
+    Haliax has a name for each axis, so one that does not divide is named after the
+    field and the axis that it lies along, which no rule of sharding knows.
+    """
+    names = [axis.name for axis in array.axes]
+    kept = _kept(field, names, shape, x.shape, None)
+    along = _shardings.along(field, names, shape, x.shape)
+    axes = [
+        dataclasses.replace(
+            array.axes[0],
+            name=name or f"{field}_{source or ''}_{i}",
+            size=size,
+        )
+        for i, (name, source, size) in enumerate(zip(kept, along, x.shape, strict=True))
+    ]
+    return dataclasses.replace(array, array=x, axes=tuple(axes))
+
+
+def _kept(
+    field: str,
+    names: Any,
+    shape: tuple[int, ...],
+    state_shape: tuple[int, ...],
+    mesh: Any,
+) -> tuple[Any, ...]:
+    """The names of a state's array: of its axes along the param's, where they divide.
+
+    Args:
+      field: the state's.
+      names: of the param's axes: axes of the mesh, or logical ones.
+      shape: the param's.
+      state_shape: the array's.
+      mesh: None where it is not known.
+    """
+    names = [*names, *[None] * (len(shape) - len(names))]
+    axes = _shardings.along(field, range(len(shape)), shape, state_shape)
+
+    def kept(size: int, axis: int | None) -> Any:
+        if axis is None:
+            return None
+        shards = (
+            meshes.shards(mesh, names[axis])
+            if _names_axes(mesh, names[axis])
+            else math.gcd(shape[axis], jax.device_count())
+        )
+        return None if size % shards else names[axis]
+
+    return tuple(map(kept, state_shape, axes))
+
+
+def _names_axes(mesh: Any, entry: Any) -> bool:
+    """Whether an entry of a spec is made of axes of a mesh."""
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    return mesh is not None and not mesh.empty and mesh.shape.keys() >= set(names)
+
+
+def _mesh_of(box: Any) -> Any:
+    metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
+    mesh = metadata.get("mesh") or getattr(box, "mesh", None)
+    return mesh or jax.sharding.get_abstract_mesh()
