@@ -119,8 +119,8 @@ def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
     if saved.get("version") != expected["version"]:
         raise ValueError(
             f"The checkpoint has format version {saved.get('version')!r}, this "
-            f"optax_flash reads {expected['version']}. Convert it with the release that "
-            "wrote it: to_optax_state there, from_optax_state here."
+            f"optax_flash reads {expected['version']}. Convert it: to_optax_state in "
+            "the release that wrote it, from_optax_state in this one."
         )
     found = saved.get("leaves", {})
     for name in [*expected["leaves"], *found]:
