@@ -47,7 +47,8 @@ def state_sharding(
         no mesh then counts as replicated.
 
     Returns:
-      A tree like ``tx.init(params)`` of NamedShardings.
+      A tree like ``tx.init(params)`` of NamedShardings. Arrays that come in boxes, as
+      with Flax's metadata, have theirs in the place of the box.
 
     Raises:
       ValueError: ``param_sharding`` is not a tree for these params, or gives one a
@@ -96,7 +97,7 @@ def tree_sharding(
     shardings = _of_params(params, param_sharding)
     _warn_of_cut_groups(entries, params, shardings)
     mesh = shardings[0].mesh if shardings else _mesh(param_sharding)
-    return _shardings.of_tree(tree, params, shardings, mesh)
+    return _shardings.of_tree(_boxes.unboxed(tree), params, shardings, mesh)
 
 
 def _shapes(params: PyTree) -> PyTree:

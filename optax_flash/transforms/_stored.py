@@ -8,9 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_flash.numerics.codecs import Codec
-from optax_flash.numerics.weights import ResidualCodec
-
 VERSION = 2
 """Of the storage formats. It changes whenever old codes would decode differently."""
 
@@ -22,7 +19,7 @@ class Stored:
     Attributes:
       path: of the param, such as ``"decoder/kernel"``.
       field: of the state, such as ``"mu"``, or ``"residual"``.
-      codec: its codec. Of a residual's array the codes are the residual.
+      codec: a Codec, or the ResidualCodec of a residual, which is its own codes.
       shape: of the array that the codes stand for.
       dtype: of that array, as the wrapped transformation made it; of the codes of a
         residual.
@@ -32,7 +29,7 @@ class Stored:
 
     path: str
     field: str
-    codec: Codec | ResidualCodec
+    codec: Any
     shape: tuple[int, ...]
     dtype: np.dtype
     at: int

@@ -398,6 +398,7 @@ class _Bundle(NamedTuple):
       fields: the indices of the entries' fields.
       codecs: of each field.
       shape: of each entry.
+      dtypes: of each entry.
       arrays: the entries, decoded.
     """
 
@@ -406,6 +407,7 @@ class _Bundle(NamedTuple):
     fields: tuple[int, ...]
     codecs: tuple[Codec, ...]
     shape: tuple[int, ...]
+    dtypes: tuple[np.dtype, ...]
     arrays: tuple[jax.Array, ...] = ()
 
 
@@ -502,7 +504,7 @@ def _encode(
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
     most_of = _rounding.apart(_most, zero)
-    for name, i, of_param, codecs, shape, old_arrays in bundles:
+    for name, i, of_param, codecs, shape, _, old_arrays in bundles:
         arrays = [_dtypes.as_dtype(values[j][i], np.float32) for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]
         told = range(len(of_param)) if feedback.looks_ahead(i) else fed
@@ -611,11 +613,13 @@ def _decode(
         for field, *columns in zip(fields, values, scales, strict=True)
     ]
     bundles = _bundles(stored, fields, paths, shapes)
-    for k, (_, i, of_param, codecs, shape, _) in enumerate(bundles):
+    for k, (_, i, of_param, codecs, shape, dtypes, _) in enumerate(bundles):
         codes = [columns[j][i] for columns in (values, scales) for j in of_param]
         arrays = [
-            _dtypes.as_dtype(_with_derivative(x, carried[j][i]), stored[j][i].dtype)
-            for j, x in zip(of_param, ops.Decode(codecs, shape)(*codes), strict=True)
+            _dtypes.as_dtype(_with_derivative(x, carried[j][i]), dtype)
+            for j, x, dtype in zip(
+                of_param, ops.Decode(codecs, shape)(*codes), dtypes, strict=True
+            )
         ]
         bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
         for j, x in zip(of_param, arrays, strict=True):
@@ -808,17 +812,23 @@ def _bundles(
     """All entries in codes: a param's, if shaped like it, together; others alone."""
     bundles = []
     for i, of_param in enumerate(zip(*stored, strict=True)):
-        present = [(j, *entry[:2]) for j, entry in enumerate(of_param) if entry]
+        present = [(j, entry) for j, entry in enumerate(of_param) if entry]
         own = shapes[i]
-        alike = [(j, codec) for j, codec, shape in present if shape == own]
-        if alike and own is not None:
-            js, codecs = zip(*alike, strict=True)
-            bundles.append(_Bundle(paths[i], i, js, codecs, own))
-        for j, codec, shape in present:
-            if shape != own:
+        alike = [(j, entry) for j, entry in present if entry.shape == own]
+        if alike:
+            bundles.append(_bundle(paths[i], i, alike))
+        for j, entry in present:
+            if entry.shape != own:
                 name = f"{paths[i]}/{fields[j].name}"
-                bundles.append(_Bundle(name, i, (j,), (codec,), shape))
+                bundles.append(_bundle(name, i, [(j, entry)]))
     return bundles
+
+
+def _bundle(name: str, param: int, entries: list[tuple[int, _Found]]) -> _Bundle:
+    """Of a param's entries of one shape, each with its field."""
+    fields, found = zip(*entries, strict=True)
+    codecs, shapes, dtypes = zip(*found, strict=True)
+    return _Bundle(name, param, fields, codecs, shapes[0], dtypes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
