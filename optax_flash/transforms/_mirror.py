@@ -234,7 +234,8 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
         own = [x for x, u in zip(entries, leaves, strict=True) if not is_absent(u)]
         # Without a gradient at all, any container of that size would mirror them.
         fits = all(_is_array(x) or is_absent(x) for x in own or entries)
-        return entries if fits and any(map(_is_array, own or entries)) else None
+        known = any(_is_array(x) or isinstance(x, MaskedNode) for x in own or entries)
+        return entries if fits and known else None
 
     nodes, treedef = jax.tree.flatten(
         state, is_leaf=lambda node: entries_of(node) is not None

@@ -94,16 +94,12 @@ def register_with_flax() -> None:
     when a state is read.
     """
     serialization: Any = sys.modules.get("flax.serialization")
-    if serialization is None or not hasattr(
-        serialization, "register_serialization_state"
-    ):
-        return
-    serialization.register_serialization_state(
-        StateCodecs, StateCodecs.describe, _restored, override=True
-    )
+    register = getattr(serialization, "register_serialization_state", None)
+    if register is not None:
+        register(StateCodecs, StateCodecs.describe, _read_codecs, override=True)
 
 
-def _restored(target: StateCodecs, saved: dict[str, Any]) -> StateCodecs:
+def _read_codecs(target: StateCodecs, saved: dict[str, Any]) -> StateCodecs:
     """The codecs of the state that is read into, if the one that was saved has them."""
     compare(saved, target.describe())
     return target
@@ -119,8 +115,8 @@ def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
     if saved.get("version") != expected["version"]:
         raise ValueError(
             f"The checkpoint has format version {saved.get('version')!r}, this "
-            f"optax_flash reads {expected['version']}. Convert it with the release that "
-            "wrote it: to_optax_state there, from_optax_state here."
+            f"optax_flash reads {expected['version']}. Convert it: to_optax_state in "
+            "the release that wrote it, from_optax_state in this one."
         )
     found = saved.get("leaves", {})
     for name in [*expected["leaves"], *found]:

@@ -212,23 +212,24 @@ def master_weights(
             )
             _mirror.check_shapes(inner_updates, params, "master_weights: the update")
             inner_state = _dtypes.kept(inner_state, state.inner_state)
+            residuals, rebuild = _mirror.entries_and_rebuild(state.residual, updates)
             stepped = [
                 _step_leaf(residual_codec, emit_params, start, *row)
                 for row in zip(
                     paths,
                     structure.flatten_up_to(params),
-                    _mirror.entries(state.residual, updates),
+                    residuals,
                     structure.flatten_up_to(inner_updates),
                     structure.flatten_up_to(updates),
                     strict=True,
                 )
             ]
-            new_updates, produced, residual = (
-                structure.unflatten([row[i] for row in stepped]) for i in range(3)
+            new_updates, produced = (
+                structure.unflatten([row[i] for row in stepped]) for i in range(2)
             )
             return new_updates, MasterWeightsState(
                 step=optax.safe_increment(state.step),
-                residual=residual,
+                residual=rebuild([residual for _, _, residual in stepped]),
                 inner_state=inner_state,
                 digest=_new_digest(state.digest, codecs, produced)
                 if track_params
@@ -358,13 +359,14 @@ def set_master_params(
     _check_state(None, old, params)
     known, widen = _mirror.narrow(old, params)
     structure = jax.tree.structure(params)
+    residuals, rebuild = _mirror.entries_and_rebuild(known.residual, params)
     rows = zip(
         structure.flatten_up_to(new_weights),
         jax.tree.leaves(params),
-        _mirror.entries(known.residual, params),
+        residuals,
         strict=True,
     )
-    residual = structure.unflatten([_residual_leaf(*row) for row in rows])
+    residual = rebuild([_residual_leaf(*row) for row in rows])
     digest = old.digest
     if digest is not None:
         digest = _new_digest(digest, old.codecs, params)
