@@ -168,7 +168,7 @@ def test_levanter(name, tmp_path):
 
 @pytest.mark.parametrize("whole", [False, True], ids=["filtered", "whole module"])
 def test_equinox(whole, tmp_path):
-    """An update gets a module's arrays as params, or all of it, functions among them."""
+    """An update gets a module's arrays as params, or it with its functions."""
 
     def new():
         model = eqx.nn.MLP(

@@ -161,11 +161,12 @@ def test_maxtext_with_factors(tmp_path):
     resumed = MaxText(tx, problem.mesh(2, 4))
     restored = problem.restore(tmp_path, resumed.target())
     problem.check_equal(restored, state)
-    # Products with factors add over shards, so their last bits depend on the mesh.
+    # Products with factors add over shards, so their last bits depend on the mesh; in
+    # the step after, these may round codes another way.
     ours, other = (
-        x.train(y, 4).params for x, y in ((trainer, state), (resumed, restored))
+        x.train(y, 1).params for x, y in ((trainer, state), (resumed, restored))
     )
-    assert problem.difference(other, ours, start) < 1e-3
+    assert problem.difference(other, ours, start) < 1e-4
 
 
 def test_our_train_state(tmp_path):

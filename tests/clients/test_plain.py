@@ -144,11 +144,13 @@ class TestRulesOnPaths:
                 factor = optax.tree.get(sharding, field)["up"]["kernel"]
                 assert factor.is_equivalent_to(NamedSharding(mesh, spec), 2), field
 
-        # Either way numbers are right: as on one device, up to the order of sums.
+        # Either way numbers are right: as on one device, up to the order of sums. In
+        # codes a last bit may round another way, so factors are in float32 here.
+        exact = dict.fromkeys(("mu_left", "mu_right", "nu_left", "nu_right"))
+        tx = getattr(optax_flash, name)(1e-3, rank=16, codecs=exact)
         trainer = EasyDeL(tx, mesh)
-        start, plain = params, stock_run(tx, 4)
         ours, _ = trainer.train(*trainer.new(), 4)
-        assert problem.difference(ours, plain, start) < 1e-3
+        assert problem.difference(ours, stock_run(tx, 4), params) < 1e-4
 
     def test_tree_map_params(self):
         """Codes get their param's spec, scales none: ``state_sharding`` shards them."""
