@@ -55,6 +55,26 @@ def like(tree: PyTree, boxed: PyTree) -> PyTree:
     )
 
 
+def with_boxed_params(extra_args: dict[str, Any], params: PyTree) -> dict[str, Any]:
+    """Extra arguments whose functions of params, such as ``obj_fn``, get them in boxes.
+
+    Args:
+      extra_args: of ``update``.
+      params: as ``update`` got them.
+    """
+    if not has_boxes(params):
+        return extra_args
+    structure = jax.tree.structure(unboxed(params))
+
+    def boxed(x: Any) -> Any:
+        return like(x, params) if jax.tree.structure(x) == structure else x
+
+    def with_boxes(function: Any) -> Any:
+        return lambda *args, **kwargs: function(*map(boxed, args), **kwargs)
+
+    return {k: with_boxes(x) if callable(x) else x for k, x in extra_args.items()}
+
+
 def fitted(state: PyTree, params: PyTree) -> PyTree:
     """A new state in the boxes of its params, with the names that fit its arrays.
 

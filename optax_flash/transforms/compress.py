@@ -189,6 +189,7 @@ def compress(
                 "CompressState. Pass what this transformation's init returned."
             )
         boxed_updates, boxed_state = updates, state
+        extra_args = _boxes.with_boxed_params(extra_args, params)
         updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         params = _init.as_arrays(_mirror.narrowed(params, updates))

@@ -181,6 +181,7 @@ def master_weights(
                 "them. Call update(grads, state, params)."
             )
         boxed_updates, boxed_state = updates, state
+        extra_args = _boxes.with_boxed_params(extra_args, params)
         updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         given = _mirror.narrowed(params, updates)

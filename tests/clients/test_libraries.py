@@ -123,14 +123,7 @@ LEVANTER = {
         "adamw8",
         "extra arguments",
         "injected",
-        pytest.param(
-            "sophia",
-            marks=pytest.mark.xfail(
-                reason="obj_fn gets params without their boxes",
-                raises=AttributeError,
-                strict=True,
-            ),
-        ),
+        "sophia",
     ],
 )
 def test_levanter(name, tmp_path):
