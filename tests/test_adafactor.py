@@ -10,7 +10,7 @@ import pytest
 from optax_flash import compress, master_weights
 from optax_flash.numerics.catalogue import get_codec
 
-pytestmark = pytest.mark.usefixtures("quickest_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 # optax factors the first, and keeps all of the second moment of the others.

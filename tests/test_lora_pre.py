@@ -15,7 +15,7 @@ import optax_flash
 from optax_flash import lora_pre_adamw, lora_pre_muon, scale_by_lora_pre
 from optax_flash.transforms import _newton
 
-pytestmark = pytest.mark.usefixtures("quickest_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def normal(shape, seed=0):

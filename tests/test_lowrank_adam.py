@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import optax_flash
 from optax_flash.transforms import _factors, _subspace
 
-pytestmark = pytest.mark.usefixtures("quickest_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STRATEGIES = {"randomized": 1, "periodic": 5, "online": 1}
 EPS = float(jnp.finfo(jnp.float32).eps)

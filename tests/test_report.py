@@ -19,7 +19,7 @@ from optax_flash import NumericsReport, compress, master_weights, numerics_repor
 SHAPE = (64, 64)
 NAN = float("nan")
 
-pytestmark = pytest.mark.usefixtures("quickest_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def report(tx, state, params, grads, **extra_args):

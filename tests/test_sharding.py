@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 
-SPECS = [P("fsdp"), P(None, "fsdp"), P("fsdp", "tp"), P(("fsdp", "tp"), None)]
 OPTIMIZERS = {
     "adamw8": lambda: optax_flash.adamw8(1e-3),
     "adamw8_24": lambda: optax_flash.master_weights(optax_flash.adamw8(1e-3)),
@@ -29,11 +28,6 @@ def mesh_fixture(request):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: tests/conftest.py asks for them on CPU")
     return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(request.param,) * 2)
-
-
-@pytest.fixture(params=SPECS, ids=str, name="sharding")
-def sharding_fixture(request, mesh):
-    return NamedSharding(mesh, request.param)
 
 
 @pytest.fixture(params=OPTIMIZERS, name="name")
@@ -93,8 +87,19 @@ def test_eager_init_stays_on_the_device_of_the_params(tx):
     assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {device}
 
 
-def test_sharded_run_is_the_single_device_run_without_communication(name, tx, sharding):
-    sharded, text = train(tx, sharding)
+# Every optimizer with the spec that splits both axes, and every other spec once.
+@pytest.mark.parametrize(
+    "name, spec",
+    [
+        *((name, P("fsdp", "tp")) for name in OPTIMIZERS),
+        ("adamw4_24", P(None, "fsdp")),
+        ("adamw8_24", P("fsdp")),
+        ("lion8_24", P(("fsdp", "tp"), None)),
+    ],
+    ids=str,
+)
+def test_sharded_run_is_the_single_device_run_without_communication(mesh, name, spec):
+    sharded, text = train(OPTIMIZERS[name](), NamedSharding(mesh, spec))
     chex.assert_trees_all_equal(sharded, trained_alone(name))
     assert not COLLECTIVE.findall(text)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from jax.extend import core
 
-CALLS = ("jit", "pjit", "closed_call")
+# The last two are one primitive, before jax 0.12 and since.
+CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr")
 
 
 def inline(jaxpr: core.Jaxpr, every: bool = False) -> core.Jaxpr:

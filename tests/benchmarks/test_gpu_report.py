@@ -12,8 +12,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    # Emitters that compile twice as fast.
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": "",
     "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)]),
 }
 
@@ -39,13 +38,17 @@ sys.exit(gpu_report.main(sys.argv[1:]))
 """
 
 
-def python(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, args)],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(name="python")
+def python_fixture(cache_environment):
+    def python(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            env=os.environ | cache_environment | ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+
+    return python
 
 
 def read(folder: pathlib.Path) -> dict:
@@ -53,7 +56,7 @@ def read(folder: pathlib.Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_dry_run_measures_or_explains_everything(tmp_path):
+def test_dry_run_measures_or_explains_everything(python, tmp_path):
     run = python(BENCHMARKS / "gpu_report.py", "--dry-run", "--out", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     report = read(tmp_path)
@@ -108,7 +111,7 @@ def check_moved_bytes(timings: dict) -> None:
     assert moved["optax.adamw, master copy"] == pytest.approx(copied, abs=scalars)
 
 
-def test_wrong_implementation_fails_the_report(tmp_path):
+def test_wrong_implementation_fails_the_report(python, tmp_path):
     run = python(
         *("-c", WRONG_IMPLEMENTATION, "--dry-run", "--out", tmp_path),
         *("--implementations", "interpret", "--leaf-sets", "64^2"),
@@ -126,7 +129,7 @@ def test_wrong_implementation_fails_the_report(tmp_path):
     [["--dry-run"], ["--dry-run", "--out", BENCHMARKS / "results"], []],
     ids=["no folder", "folder of results", "no GPU"],
 )
-def test_refuses_to_make_up_results(args):
+def test_refuses_to_make_up_results(python, args):
     before = set((BENCHMARKS / "results").iterdir())
     assert python(BENCHMARKS / "gpu_report.py", *args).returncode == 2
     assert set((BENCHMARKS / "results").iterdir()) == before

@@ -6,9 +6,10 @@
 Without fused multiply-add, which XLA puts in different places of different programs,
 every bit must agree. A process of its own, as the instruction set is chosen at start.
 
-An optimizer's arithmetic, the weights' storage and the codec are separate operations of
-a program, so all pairs of them are run: adamw with every storage and every codec, the
-others with each storage and each codec once. --all runs all with all.
+An optimizer's arithmetic, the weights' storage, the codec and the leaf's shape are
+separate parts of a program, so pairs of them are run: adamw with every storage, codec
+and shape, the others with each storage and each codec once, on the shapes that do not
+fill their groups. --all runs all with all.
 """
 
 import itertools
@@ -55,6 +56,7 @@ SHAPES = {
     "vector": (4096,),
     "small": (7,),
 }
+RAGGED = {k: SHAPES[k] for k in ("ragged", "three_axes", "small")}
 
 
 def random_like(tree, rng):
@@ -63,10 +65,10 @@ def random_like(tree, rng):
     )
 
 
-def differences(optimizer, dtype, bits, codec, finished, steps=3):
+def differences(optimizer, dtype, bits, codec, finished, shapes=SHAPES, steps=3):
     """Paths of the leaves that differ after some steps, with how many elements do."""
     rng = np.random.default_rng(0)
-    start = random_like({k: jnp.zeros(s, dtype) for k, s in SHAPES.items()}, rng)
+    start = random_like({k: jnp.zeros(s, dtype) for k, s in shapes.items()}, rng)
     grads = [random_like(start, rng) for _ in range(steps)]
 
     def transformation(implementation):
@@ -117,7 +119,8 @@ def main():
             dtype, bits = STORAGE[storage]
             # Additive updates, and finished params where there is a residual.
             finished = dtype == jnp.bfloat16 and codec == "companded8"
-            found = differences(optimizer, dtype, bits, codec, finished)
+            shapes = SHAPES if whole else RAGGED
+            found = differences(optimizer, dtype, bits, codec, finished, shapes)
             failed |= bool(found)
             print(optimizer, storage, codec, found or "equal", flush=True)
     sys.exit(failed)

@@ -16,8 +16,9 @@ from optax_flash.fusion.choose import choose
 from optax_flash.fusion.program import whole
 from optax_flash.fusion.tiles import Place, Shard
 
-# Without fused multiply-add, which XLA puts in different places of different programs.
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_max_isa": "AVX"})
+# Not fused: in fused loops XLA puts multiply-adds in other places of each program.
+NO_FUSION = {"xla_disable_hlo_passes": "fusion"}
+jit = functools.partial(jax.jit, compiler_options=NO_FUSION)
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
