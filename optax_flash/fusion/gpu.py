@@ -2,8 +2,8 @@
 
 Triton compiles for one compute capability, and so does Pallas through Triton. A
 lowering knows its devices, but a kernel inside of it may be compiled later, in a
-callback of XLA's partitioner. So a kernel is an equation of its own, which carries along
-what compiling it needs.
+callback of the partitioner of XLA. So a kernel is an equation of its own, which carries
+along what compiling it needs.
 """
 
 import contextlib

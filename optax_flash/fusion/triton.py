@@ -45,7 +45,7 @@ def update(shards: list[Shard], config: Config, gpu: gpus.Gpu) -> list[list[jax.
     """
     planned = plan(shards, config)
     results = planned.flat_results()
-    call = _calling(
+    call = calling(
         planned.aliases,
         results,
         _ptx_version(gpu),
@@ -87,7 +87,7 @@ def _jax_triton() -> Any:
     return importlib.import_module("jax_triton")
 
 
-def _calling(
+def calling(
     aliases: dict[int, int], results: list[Any], ptx_version: int, **options: Any
 ) -> Callable[..., list[jax.Array]]:
     """A kernel as a function of its operands.
