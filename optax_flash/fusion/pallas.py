@@ -119,13 +119,13 @@ def update(
     )
     if interpret:
         return planned.by_leaf(call(*planned.operands))
-    around = functools.partial(_compiling, gpu)
+    around = functools.partial(compiling, gpu)
     out = gpus.call(call, planned.operands, planned.flat_results(), around)
     return planned.by_leaf(out)
 
 
 @contextlib.contextmanager
-def _compiling(gpu: gpus.Gpu | None) -> Iterator[None]:
+def compiling(gpu: gpus.Gpu | None) -> Iterator[None]:
     """Tells Pallas the GPU, and keeps from users what it says of its own future.
 
     They did not choose it: it runs where jax-triton is absent, and ``explain`` says so.
