@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.fusion import run
+from optax_flash.fusion import gpu, run
 from optax_flash.fusion.choose import PLATFORMS, choose
 from optax_flash.fusion.split import Leaf
 from optax_flash.transforms import _arguments, _init, _mirror
@@ -78,7 +78,9 @@ def explain(
       tx: any transformation with :func:`compress` or :func:`master_weights` in it.
       params: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
       platform: ``"cuda"`` or ``"gpu"``, ``"tpu"``, ``"cpu"``, ``"rocm"``; None for the
-        one at hand. There are no kernels for AMD's GPUs, ``"rocm"``: XLA runs all.
+        one at hand. There are no kernels for AMD's GPUs, ``"rocm"``: XLA runs all. For
+        ``"cuda"`` without a GPU at hand, one that kernels are compiled for is presumed,
+        with the packages that are installed here.
       **extra_args: what ``tx.update`` needs beside gradients and params.
 
     Returns:
@@ -90,13 +92,12 @@ def explain(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
-      >>> params = {"kernel": jnp.ones((512, 512)), "bias": jnp.ones(512)}
+      >>> params = {"kernel": jnp.ones((512, 512))}
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
       >>> print(optax_flash.explain(tx, params, platform="cuda"))
       on cuda
       leaves  first   shape       runs in  because
-           1  bias    [512]       pallas   elementwise; 16 small leaves share a kernel
-           1  kernel  [512, 512]  pallas   elementwise
+           1  kernel  [512, 512]  pallas   elementwise; jax-triton is not installed
     """
     call = "explain(tx, params)"
     _arguments.check_transformation(tx, (params,), call)
@@ -112,8 +113,9 @@ def explain(
             params,
         )
     groups: dict[Any, list[str]] = {}
+    target = (gpu.at_hand() or gpu.PRESUMED) if platform == "cuda" else None
     for leaf, implementation in leaves:
-        kind = _kind(leaf, implementation, platform)
+        kind = _kind(leaf, implementation, platform, target)
         groups.setdefault(kind, []).extend(leaf.names or ["(state)"])
     seen = {name for names in groups.values() for name in names}
     for path, p in zip(
@@ -151,10 +153,12 @@ def _canonical(platform: str) -> str:
     return name
 
 
-def _kind(leaf: Leaf, implementation: str | None, platform: str) -> tuple[Any, ...]:
+def _kind(
+    leaf: Leaf, implementation: str | None, platform: str, target: gpu.Gpu | None
+) -> tuple[Any, ...]:
     """What leaves that are alike have in common."""
     shape = leaf.results[0].aval.shape
     if leaf.program is None:
         return shape, "xla", leaf.reason, None
-    name, reason = choose(leaf.program, implementation, platform)
+    name, reason = choose(leaf.program, implementation, platform, target)
     return shape, name, leaf.reason or reason if name != "xla" else reason, leaf.program

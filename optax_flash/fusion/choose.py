@@ -1,5 +1,8 @@
 """Which implementation runs a program."""
 
+import importlib.util
+
+from optax_flash.fusion import gpu as gpus
 from optax_flash.fusion.program import Program
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton", "interpret")
@@ -42,27 +45,66 @@ def misfit(program: Program, implementation: str, platform: str = "cuda") -> str
 
         return mosaic.reason(program)
     if implementation == "pallas":
+        if absent := _pallas_is_absent():
+            return absent
         from optax_flash.fusion import pallas
 
         return pallas.reason(program)
     if implementation == "triton":
         from optax_flash.fusion import triton
 
+        if absent := triton.absent():
+            return f"{absent}; the extra optax_flash[cuda13] brings what it needs"
         return triton.reason(program)
     return None
 
 
+def _pallas_is_absent() -> str | None:
+    """Why Pallas cannot be lowered through Triton: JAX will drop that."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this release of JAX does not lower Pallas through Triton"
+    return None
+
+
+def unfit_gpu(implementation: str, gpu: gpus.Gpu | None) -> str | None:
+    """Why kernels of one kind cannot be compiled for a GPU; None if they can."""
+    if implementation == "pallas" and gpu is None:
+        from optax_flash.fusion import pallas
+
+        if not pallas.needs_gpu():
+            return None
+    return gpus.misfit(gpu)
+
+
 def choose(
-    program: Program, implementation: str | None, platform: str
+    program: Program,
+    implementation: str | None,
+    platform: str,
+    gpu: gpus.Gpu | None = gpus.PRESUMED,
 ) -> tuple[str, str]:
-    """The implementation that runs a program on a platform, and why."""
+    """The implementation that runs a program on a platform, and why.
+
+    Args:
+      program: of a leaf.
+      implementation: the one asked for; None for the best that fits.
+      platform: as compilers know it.
+      gpu: what CUDA kernels are compiled for; None where that is not known.
+    """
     if implementation is not None:
         return implementation, "asked for"
-    if platform not in ("cuda", "tpu"):
+    if platform == "tpu":
+        reason = misfit(program, "pallas", platform)
+        return ("xla", reason) if reason else ("pallas", "elementwise")
+    if platform != "cuda":
         return "xla", f"there are no kernels for {platform}"
-    reason = misfit(program, "pallas", platform)
-    if reason:
-        return "xla", reason
-    if platform == "cuda" and program.size < SMALL:
-        return "pallas", f"elementwise; {TOGETHER} small leaves share a kernel"
-    return "pallas", "elementwise"
+    from optax_flash.fusion import triton
+
+    absent = triton.absent()
+    name = "pallas" if absent else "triton"
+    reason = misfit(program, name) or unfit_gpu(name, gpu)
+    because = [reason or "elementwise"]
+    if not reason and program.size < SMALL:
+        because.append(f"{TOGETHER} small leaves share a kernel")
+    if absent:
+        because.append(absent)
+    return "xla" if reason else name, "; ".join(because)

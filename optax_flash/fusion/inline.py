@@ -3,6 +3,9 @@
 optax jits some functions of whole trees. A call of one is a single equation that takes
 and makes arrays of every leaf, and would tie all leaves together; and the scalars that
 are computed inside would be computed for every element.
+
+Derivatives reshard arrays on a mesh, mostly to the sharding that they have: jax 0.12.
+Such an equation is no computation, and goes too.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,12 @@ CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr")
 
 def inline(jaxpr: core.Jaxpr, every: bool = False) -> core.Jaxpr:
     """The same jaxpr without such calls; without any, if ``every``."""
-    wanted = _is_call if every else _is_mixed
+
+    def wanted(eqn: Any) -> bool:
+        if every:
+            return _is_call(eqn) or _keeps_sharding(eqn)
+        return _is_mixed(eqn) or _keeps_sharding(eqn) or _calls_what_does(eqn)
+
     if not any(map(wanted, jaxpr.eqns)):
         return jaxpr
     eqns: list[core.JaxprEqn] = []
@@ -41,6 +49,18 @@ def _is_mixed(eqn: Any) -> bool:
     return any(not x.aval.shape for inner in inside for x in inner.outvars)
 
 
+def _keeps_sharding(eqn: Any) -> bool:
+    """Whether an equation reshards an array to the sharding that it has."""
+    return eqn.primitive.name == "reshard" and eqn.invars[0].aval == eqn.outvars[0].aval
+
+
+def _calls_what_does(eqn: Any) -> bool:
+    return _is_call(eqn) and any(
+        _keeps_sharding(inner) or _calls_what_does(inner)
+        for inner in _callee(eqn).jaxpr.eqns
+    )
+
+
 def _callee(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
@@ -55,6 +75,9 @@ def _emit(
         operands = [_renamed(x, renamed) for x in eqn.invars]
         if not wanted(eqn):
             out.append(eqn.replace(invars=operands) if renamed else eqn)
+            continue
+        if _keeps_sharding(eqn):
+            renamed[eqn.outvars[0]] = operands[0]
             continue
         callee = _callee(eqn).jaxpr
         inside = dict(zip(callee.invars, operands, strict=True))

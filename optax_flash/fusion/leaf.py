@@ -10,7 +10,8 @@ from jax.extend import core
 from jax.interpreters import mlir
 
 from optax_flash.fusion import cpu, ops, partition, plain
-from optax_flash.fusion.choose import choose, misfit
+from optax_flash.fusion import gpu as gpus
+from optax_flash.fusion.choose import choose, misfit, unfit_gpu
 from optax_flash.fusion.program import Program, whole
 from optax_flash.fusion.tiles import Shard
 from optax_flash.fusion.tuning import config_for
@@ -114,11 +115,14 @@ def _lowering(platform: str) -> Callable[..., Any]:
         sliced: bool,
     ) -> Any:
         del devices
+        context = ctx.module_context.axis_context
+        gpu = gpus.of_lowering(context) if platform == "cuda" else None
         # Of one family, programs may still differ in whether a kernel takes them.
-        names = {choose(program, implementation, platform)[0] for program in programs}
+        names = {
+            choose(program, implementation, platform, gpu)[0] for program in programs
+        }
         if platform == "cpu" and "xla" in names and not any(map(cpu.misfit, programs)):
             names = {"phases"}
-        context = ctx.module_context.axis_context
         explicit = partition.explicit_mesh(ctx.avals_in)
         if platform == "tpu" and not explicit and not _is_local(context):
             # XLA's partitioner for TPUs takes no custom partitioning.
@@ -133,7 +137,7 @@ def _lowering(platform: str) -> Callable[..., Any]:
             function = _in_xla(programs)
         else:
             name = "plain" if "xla" in names else names.pop()
-            kernel = _kernel(name, platform)
+            kernel = _kernel(name, platform, gpu)
             if platform not in NEEDS.get(name, {platform: ""}):
                 raise ValueError(
                     f"implementation={implementation!r} needs "
@@ -142,6 +146,12 @@ def _lowering(platform: str) -> Callable[..., Any]:
                     "implementation=None takes what there is; 'interpret' runs the "
                     "Pallas kernel anywhere, slowly, for tests."
                 )
+            if platform == "cuda" and name in NEEDS:
+                if reason := unfit_gpu(name, gpu):
+                    raise ValueError(
+                        f"implementation={implementation!r} cannot be compiled: "
+                        f"{reason}. implementation=None runs it in XLA."
+                    )
             if platform == "tpu" and implementation:
                 # When it was traced the platform was not known.
                 for program in programs:
@@ -183,7 +193,9 @@ def _is_local(context: Any) -> bool:
     return False
 
 
-def _kernel(name: str, platform: str) -> Callable[[list[Shard]], list[list[jax.Array]]]:
+def _kernel(
+    name: str, platform: str, gpu: gpus.Gpu | None
+) -> Callable[[list[Shard]], list[list[jax.Array]]]:
     def run(shards: list[Shard]) -> list[list[jax.Array]]:
         if name == "phases":
             return cpu.update(shards)
@@ -193,16 +205,16 @@ def _kernel(name: str, platform: str) -> Callable[[list[Shard]], list[list[jax.A
             from optax_flash.fusion import mosaic
 
             return mosaic.update(shards)
-        device = jax.local_devices()[0]
-        config = config_for(device.device_kind if device.platform == "gpu" else "")
+        config = config_for(gpu.kind if gpu else "")
         # Backends import compilers, for which nobody else should wait.
         if name == "triton":
             from optax_flash.fusion import triton
 
-            return triton.update(shards, config)
+            assert gpu
+            return triton.update(shards, config, gpu)
         from optax_flash.fusion import pallas
 
-        return pallas.update(shards, config, interpret=name == "interpret")
+        return pallas.update(shards, config, gpu, interpret=name == "interpret")
 
     return run
 

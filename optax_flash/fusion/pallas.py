@@ -1,10 +1,14 @@
-"""Programs as Pallas kernels, lowered through Triton: the default on NVIDIA GPUs.
+"""Programs as Pallas kernels, lowered through Triton: NVIDIA GPUs without jax-triton.
 
 One kernel reads every operand of a leaf once and writes every result once, in place.
 Small leaves share a kernel: each block of threads looks up whose tile it has.
 jax 0.11 deprecates this way of lowering; ``triton`` does without it.
 """
 
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
+from optax_flash.fusion import gpu as gpus
 from optax_flash.fusion.plan import (
     Addresses,
     Leaf,
@@ -46,14 +52,23 @@ def reason(program: Program) -> str | None:
     return None
 
 
+def needs_gpu() -> bool:
+    """Whether a kernel is lowered for one kind of GPU, as jax 0.11 and later do."""
+    return jax.__version_info__ >= (0, 11)
+
+
 def update(
-    shards: list[Shard], config: Config, interpret: bool = False
+    shards: list[Shard],
+    config: Config,
+    gpu: gpus.Gpu | None = None,
+    interpret: bool = False,
 ) -> list[list[jax.Array]]:
     """The results of programs of one family, each on a shard of its leaf.
 
     Args:
       shards: what to compute on.
       config: the size of tiles and of blocks of threads.
+      gpu: what to compile for; None where any will do.
       interpret: run in XLA on any platform, for tests.
     """
     planned = plan(shards, config)
@@ -91,7 +106,7 @@ def update(
         _switch(whose, store, len(leaves))
 
     everywhere = pl.BlockSpec(memory_space=pl.ANY)
-    out = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(starts[-1],),
         in_specs=[everywhere] * len(planned.operands),
@@ -101,8 +116,30 @@ def update(
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="optax_flash",
-    )(*planned.operands)
+    )
+    if interpret:
+        return planned.by_leaf(call(*planned.operands))
+    around = functools.partial(compiling, gpu)
+    out = gpus.call(call, planned.operands, planned.flat_results(), around)
     return planned.by_leaf(out)
+
+
+@contextlib.contextmanager
+def compiling(gpu: gpus.Gpu | None) -> Iterator[None]:
+    """Tells Pallas the GPU, and keeps from users what it says of its own future.
+
+    They did not choose it: it runs where jax-triton is absent, and ``explain`` says so.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+        )
+        if gpu and needs_gpu():
+            device = AbstractDevice(gpu.kind, None, "gpu")
+            mesh = AbstractMesh((), (), abstract_device=device)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        yield
 
 
 def _switch(i: Any, branch: Any, n: int) -> Any:

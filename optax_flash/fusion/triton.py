@@ -1,19 +1,25 @@
-"""Programs as generated Triton kernels, through jax-triton: NVIDIA GPUs only.
+"""Programs as generated Triton kernels, through jax-triton: the default on NVIDIA GPUs.
 
-The computation of ``pallas`` without jax's own lowering to Triton: it is traced for one
-tile and written out as the text of a kernel.
+One kernel reads every operand of a leaf once and writes every result once, in place.
+Small leaves share a kernel: each block of threads looks up whose tile it has. What is
+computed is traced for one tile and written out as the text of a kernel.
 """
 
+import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import linecache
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_flash.fusion import gpu as gpus
 from optax_flash.fusion.plan import (
     Addresses,
     Plan,
@@ -29,37 +35,133 @@ from optax_flash.fusion.triton_source import HEADER, Unsupported, Writer
 from optax_flash.fusion.tuning import Config
 
 
-def update(shards: list[Shard], config: Config) -> list[list[jax.Array]]:
+def update(shards: list[Shard], config: Config, gpu: gpus.Gpu) -> list[list[jax.Array]]:
     """The results of programs of one family, each on a shard of its leaf.
 
     Args:
       shards: what to compute on.
       config: the size of tiles and of blocks of threads.
+      gpu: what to compile for.
     """
-    import jax_triton  # pyright: ignore[reportMissingImports]
-
     planned = plan(shards, config)
-    out = jax_triton.triton_call(
-        *planned.operands,
-        kernel=kernel(source(planned)),
-        out_shape=planned.flat_results(),
+    results = planned.flat_results()
+    call = calling(
+        planned.aliases,
+        results,
+        _ptx_version(gpu),
+        kernel=kernel(source(planned, takes_references())),
         grid=(planned.starts[-1],),
         num_warps=config.num_warps,
         num_stages=1,
-        input_output_aliases=planned.aliases,
+        compute_capability=gpu.capability,
     )
-    return planned.by_leaf(out)
+    return planned.by_leaf(gpus.call(call, planned.operands, results, _compiling))
 
 
-def reason(program: Program) -> str | None:
-    """Why a program cannot run in a kernel of this kind; None if it can."""
+def absent() -> str | None:
+    """Why jax-triton cannot be used here, in words; None if it can."""
     if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed; the extra optax_flash[triton] brings it"
-    return _unwritable(program)
+        return "jax-triton is not installed"
+    from jaxlib import gpu_triton
+
+    if not hasattr(gpu_triton, "TritonKernel"):
+        return "jax-triton needs the CUDA plugin of JAX, which is not installed"
+    try:
+        _jax_triton()
+    except (ImportError, AttributeError) as error:
+        # It uses internals of JAX, which change.
+        return f"jax-triton cannot be imported ({error})"
+    return None
+
+
+@functools.cache
+def takes_references() -> bool:
+    """Whether what a kernel overwrites is passed once, by reference: jax-triton 0.4.
+
+    Before, the operand and the result are two parameters that are declared the same.
+    """
+    return "out_type" in inspect.signature(_jax_triton().triton_call).parameters
+
+
+def _jax_triton() -> Any:
+    return importlib.import_module("jax_triton")
+
+
+def calling(
+    aliases: dict[int, int], results: list[Any], ptx_version: int, **options: Any
+) -> Callable[..., list[jax.Array]]:
+    """A kernel as a function of its operands.
+
+    Multiplications and additions are fused, which Triton from 3.10 on has to be told.
+
+    Args:
+      aliases: for an operand the result that takes over its buffer.
+      results: types.
+      ptx_version: ten times the major number of PTX's, and the minor.
+      **options: of ``triton_call``.
+    """
+
+    def in_two(*operands: jax.Array) -> list[jax.Array]:
+        return _jax_triton().triton_call(
+            *operands,
+            out_shape=results,
+            input_output_aliases=aliases,
+            enable_fp_fusion=True,
+            **options,
+        )
+
+    def by_reference(*operands: jax.Array) -> list[jax.Array]:
+        references = {i: jax.new_ref(operands[i]) for i in aliases}
+        fresh = [x for i, x in enumerate(results) if i not in aliases.values()]
+        written = iter(
+            _jax_triton().triton_call(
+                *(references.get(i, x) for i, x in enumerate(operands)),
+                out_type=fresh,
+                backend_options={"enable_fp_fusion": True, "ptx_version": ptx_version},
+                **options,
+            )
+        )
+        donors = {result: operand for operand, result in aliases.items()}
+        return [
+            jax.freeze(references[donors[i]]) if i in donors else next(written)
+            for i in range(len(results))
+        ]
+
+    return by_reference if takes_references() else in_two
+
+
+def _ptx_version(gpu: gpus.Gpu) -> int:
+    """An early version of PTX that knows the GPU.
+
+    Triton would take the newest that the assembler in its own wheel knows. XLA has
+    another, such as the first on the PATH, which may be older.
+    """
+    if gpu.capability <= 90:
+        return 80
+    return 87 if gpu.capability in (100, 120) else 90
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Has Triton write PTX for XLA's assembler, the first on the PATH.
+
+    For a ``triton_call`` that has no option for PTX's version.
+    """
+    assembler = shutil.which("ptxas")
+    if takes_references() or not assembler:
+        yield
+        return
+    knobs = importlib.import_module("triton.knobs")
+    with knobs.nvidia.scope():
+        for name in ("ptxas", "ptxas_blackwell"):
+            if hasattr(knobs.nvidia, name):
+                setattr(knobs.nvidia, name, assembler)
+        yield
 
 
 @once_a_family
-def _unwritable(program: Program) -> str | None:
+def reason(program: Program) -> str | None:
+    """Why a program cannot be written as a kernel; None if it can."""
     function, args = on_one_unit(program)
     try:
         Writer().call(function, args, jax.tree.map(str, args))
@@ -84,8 +186,14 @@ def kernel(text: str) -> Any:
     return namespace["optax_flash"]
 
 
-def source(planned: Plan) -> str:
-    """The text of a module with the kernel of a plan, named ``optax_flash``."""
+def source(planned: Plan, references: bool) -> str:
+    """The text of a module with the kernel of a plan, named ``optax_flash``.
+
+    Args:
+      planned: what it is given.
+      references: what is overwritten is one parameter, not two.
+    """
+    donors = {result: operand for operand, result in planned.aliases.items()}
     writer = Writer()
     writer.line("tile = tl.program_id(0)")
     leaves, many = planned.leaves, len(planned.leaves) > 1
@@ -107,13 +215,18 @@ def source(planned: Plan) -> str:
         for buffer, at, x in zip(
             leaves[i].results, where.results, results, strict=True
         ):
+            name = f"in{donors[buffer]}" if buffer in donors else f"out{buffer}"
             planes = zip(at, x, strict=True) if isinstance(x, tuple) else [(at, x)]
             for place, value in planes:
-                _store(writer, f"out{buffer}", place, value)
+                _store(writer, name, place, value)
 
     _switch(writer, planned.starts, store)
     parameters = [f"in{i}" for i in range(len(planned.operands))]
-    parameters += [f"out{i}" for i in range(len(planned.results))]
+    parameters += [
+        f"out{i}"
+        for i in range(len(planned.results))
+        if not (references and i in donors)
+    ]
     head = f"@triton.jit\ndef optax_flash({', '.join(parameters)}):"
     return "\n".join([HEADER + head, *writer.lines, ""])
 

@@ -362,6 +362,8 @@ _RULES: dict[str, str | Callable[..., str]] = {
     "le": "{0} <= {1}",
     "log": "libdevice.log({0})",
     "log1p": "libdevice.log1p({0})",
+    # A primitive since jax 0.11.
+    "log2": "libdevice.log2({0})",
     "logistic": "1.0 / (1.0 + libdevice.exp(-{0}))",
     "lt": "{0} < {1}",
     "max": _MAXIMUM,

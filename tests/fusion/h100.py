@@ -1,22 +1,39 @@
-"""Compiling for H100s on a machine that has none.
+"""Compiling for H100s and B200s on a machine that has none.
 
 XLA needs the CUDA plugin of ``jax[cuda13]`` and a description of the device, not the
 device itself.
+
+    JAX_PLATFORMS=cpu python tests/fusion/h100.py
+
+prints what becomes of AdamW by each kind of kernel, a table of docs/kernels.md.
 """
 
+import contextlib
+import functools
+import importlib.util
 import math
+import os
 import pathlib
 import re
+import shutil
+import subprocess
+import tempfile
 from collections import Counter
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-TARGET = pathlib.Path(__file__).with_name("h100.textproto")
+import optax_flash
+from optax_flash.fusion import triton
+
+FOLDER = pathlib.Path(__file__).parent
+TARGETS = {"h100": "sm_90a", "b200": "sm_100a"}
+BACKENDS = ("triton", "pallas")
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -30,6 +47,7 @@ class Compiled(NamedTuple):
       temporaries: bytes.
       aliased: bytes of arguments whose buffers hold results.
       arguments: bytes.
+      ptx: of each kernel that jax-triton compiled for it.
     """
 
     kernels: Counter
@@ -37,17 +55,24 @@ class Compiled(NamedTuple):
     temporaries: int
     aliased: int
     arguments: int
+    ptx: tuple[str, ...] = ()
 
 
-def mesh_of(shape=(1,), names=("fsdp",), kind=AxisType.Auto):
-    """A mesh of H100s that are not there."""
+@functools.cache
+def devices_of(target, count):
+    """GPUs that are not there."""
     topology = topologies.get_topology_desc(
-        "h100",
+        target,
         platform="cuda",
-        target_config=TARGET.read_text(),
-        topology=f"1x1x{math.prod(shape)}",
+        target_config=(FOLDER / f"{target}.textproto").read_text(),
+        topology=f"1x1x{count}",
     )
-    devices = np.array(topology.devices).reshape(shape)
+    return topology.devices
+
+
+def mesh_of(shape=(1,), names=("fsdp",), kind=AxisType.Auto, target="h100"):
+    """A mesh of them."""
+    devices = np.array(devices_of(target, math.prod(shape))).reshape(shape)
     return Mesh(devices, names, axis_types=(kind,) * len(names))
 
 
@@ -85,7 +110,8 @@ def compile_step(tx, params, mesh=None, spec=(), donate_grads=False):
 
 def inspect(jitted, *args):
     """Compiles a jitted function for abstract arguments and reads the result."""
-    compiled = jitted.lower(*args).compile()
+    with _recorded() as ptx:
+        compiled = jitted.lower(*args).compile()
     text = compiled.as_text()
     entry = text[text.index("\nENTRY") :]
     entry = entry[: entry.index("\n}")]
@@ -96,7 +122,77 @@ def inspect(jitted, *args):
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         arguments=memory.argument_size_in_bytes,
+        ptx=tuple(ptx),
     )
+
+
+@contextlib.contextmanager
+def _recorded():
+    """A list that gets the PTX of all that jax-triton compiles in the context."""
+    found = []
+    if triton.absent():
+        yield found
+        return
+    from jax_triton import triton_lib
+
+    compile_ = triton_lib.compile_ttir_inplace
+
+    def spy(*args):
+        result = compile_(*args)
+        found.append(result.binary)
+        return result
+
+    # jax-triton keeps what it has compiled, by the kernel.
+    triton.kernel.cache_clear()
+    triton_lib.compile_ttir_inplace = spy
+    try:
+        yield found
+    finally:
+        triton_lib.compile_ttir_inplace = compile_
+
+
+@functools.cache
+def adamw_step(backend, target, codecs):
+    """AdamW on one leaf of 4096 x 4096, finished params: compiled once a session."""
+    tx = optax_flash.master_weights(
+        optax_flash.compress(optax.adamw(1e-3), codecs), implementation=backend
+    )
+    params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
+    return compile_step(tx, params, mesh_of(target=target))
+
+
+def access_widths(ptx):
+    """Bytes a thread reads or writes at once, for every access to global memory."""
+    widths = {"load": [], "store": []}
+    pattern = r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)"
+    for kind, vector, bits in re.findall(pattern, ptx):
+        name = "load" if kind == "ld" else "store"
+        widths[name].append(int(vector or 1) * int(bits) // 8)
+    return widths
+
+
+class Assembled(NamedTuple):
+    """What a kernel takes of an SM: registers a thread, and bytes a thread spilled."""
+
+    registers: int
+    spilled: int
+
+
+def assemble(ptx, target):
+    """Machine code of PTX, by the assembler that XLA takes."""
+    found = re.search(r"\.target (\w+)", ptx).group(1)
+    assert found == TARGETS[target]
+    wheel = importlib.util.find_spec("nvidia").submodule_search_locations[0]
+    ptxas = shutil.which("ptxas") or f"{wheel}/cu13/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={found}", f"--output-file={folder}/out"]
+        run = subprocess.run([*command, source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    registers = re.search(r"Used (\d+) registers", run.stderr).group(1)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
+    return Assembled(int(registers), sum(map(int, spills)))
 
 
 def _kernel(line):
@@ -111,3 +207,48 @@ def _kernel(line):
         for dims in re.findall(r"[a-z0-9]+\[([\d,]*)\]", shapes)
     ]
     return name if max(sizes, default=0) > 1 else None
+
+
+def _widths(found):
+    counts = sorted(Counter(found).items(), reverse=True)
+    return ", ".join(f"{n} x {width}" for width, n in counts)
+
+
+def main():
+    """Prints the table. Pallas' PTX is what XLA dumps, which 0.12 does not."""
+    folder = tempfile.mkdtemp()
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder}"
+    print(
+        "| kernel | bits | GPU | kernels | temporaries | loads | stores | registers |"
+    )
+    print("|---|---|---|---:|---:|---|---|---:|")
+    for backend in BACKENDS:
+        for codecs, bits in (("companded8", 8), ("companded4", 4)):
+            for target, name in TARGETS.items():
+                compiled = adamw_step(backend, target, codecs)
+                ptx = list(compiled.ptx)
+                for file in pathlib.Path(folder).glob("*.ptx"):
+                    # Others make scalars.
+                    ptx.append(file.read_text())
+                    file.unlink()
+                cells = ["", "", ""]
+                if ptx:
+                    text = max(ptx, key=len)
+                    widths = access_widths(text)
+                    used = assemble(text, target)
+                    cells = [_widths(widths["load"]), _widths(widths["store"])]
+                    cells.append(f"{used.registers}, {used.spilled} spilled")
+                row = [
+                    f'`"{backend}"`',
+                    bits,
+                    name,
+                    compiled.kernels["optax_flash"],
+                    f"{compiled.temporaries:,} bytes",
+                    *cells,
+                ]
+                print("|", " | ".join(map(str, row)), "|", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

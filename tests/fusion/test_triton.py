@@ -1,8 +1,9 @@
 """The generated Triton kernels, compiled for H100s and run by Triton's interpreter.
 
-Needs jax-triton and the CUDA plugin of ``jax[cuda13]`` but no GPU.
+Needs jax-triton and the CUDA plugin, which the extra ``cuda13`` brings, but no GPU.
 """
 
+import contextlib
 import math
 import pathlib
 import re
@@ -16,6 +17,7 @@ import pytest
 from jax import lax
 
 import optax_flash
+from optax_flash.fusion import gpu as gpus
 from optax_flash.fusion import run, triton
 from optax_flash.fusion.plan import plan
 from optax_flash.fusion.program import ELEMENTWISE, whole
@@ -25,7 +27,6 @@ from optax_flash.fusion.tuning import DEFAULT, Config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from equality import OPTIMIZERS  # noqa: E402
-from h100 import compile_step, mesh_of  # noqa: E402
 from test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME  # noqa: E402
 
 pytestmark = pytest.mark.cuda
@@ -40,6 +41,9 @@ CODECS = (
     optax_flash.Companded4(signed_curve="log", unsigned_curve="log"),
     optax_flash.Companded4(signed_curve="dynamic", unsigned_curve="linear"),
 )
+
+
+H100 = gpus.Gpu("NVIDIA H100", 90)
 
 
 def compress(inner, codecs=None):
@@ -167,7 +171,10 @@ def update(shards, config=DEFAULT):
         arrays[donors[i]] if i in donors else np.zeros(x.size, x.dtype)
         for i, x in enumerate(planned.results)
     ]
-    interpret(triton.source(planned), planned.starts[-1], arrays + results)
+    # What is overwritten is one parameter, or two of the same memory.
+    once = triton.takes_references()
+    passed = [x for i, x in enumerate(results) if not (once and i in donors)]
+    interpret(triton.source(planned, once), planned.starts[-1], arrays + passed)
     return planned.by_leaf(results)
 
 
@@ -344,6 +351,7 @@ def test_every_primitive_means_what_it_does_in_xla(dtype):
 def compiled(monkeypatch):
     """A list that gets the PTX of every kernel that is compiled, for H100s."""
     library = jax_triton.triton_lib
+    triton.kernel.cache_clear()
     found = []
     compile_ = library.compile_ttir_inplace
 
@@ -353,10 +361,6 @@ def compiled(monkeypatch):
         return result
 
     monkeypatch.setattr(library, "compile_ttir_inplace", spy)
-    monkeypatch.setattr(library, "_COMPILED_KERNEL_CACHE", {})
-    monkeypatch.setattr(
-        library.triton_kernel_call_lib, "get_compute_capability", lambda device: 90
-    )
     return found
 
 
@@ -371,7 +375,7 @@ def compile_for_cuda(tx, shape, dtype):
     ]
 
     def run_kernel(*operands):
-        (results,) = triton.update([whole_leaf(program, operands)], DEFAULT)
+        (results,) = triton.update([whole_leaf(program, operands)], DEFAULT, H100)
         return results
 
     return program, lower_for_cuda(run_kernel, *operands).as_text()
@@ -419,55 +423,20 @@ def test_every_primitive_compiles(compiled, dtype):
     shapes = jax.eval_shape(lambda x, y: everything(x, y, []), x, x)
 
     def call(x, y):
-        return jax_triton.triton_call(x, y, kernel=kernel, out_shape=shapes, grid=1)
+        options = {"kernel": kernel, "grid": 1, "compute_capability": 90}
+        run_kernel = triton.calling({}, shapes, 80, **options)
+        types = [jax.core.ShapedArray(z.shape, z.dtype) for z in shapes]
+        return gpus.call(run_kernel, [x, y], types, contextlib.nullcontext)
 
     lower_for_cuda(call, x, x)
     assert len(compiled) == 1
-
-
-def test_a_step_is_one_kernel_in_place(compiled):
-    params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
-    steps = {}
-    for name in ("pallas", "triton"):
-        tx = optax_flash.master_weights(
-            optax_flash.compress(optax.adamw(1e-3)), implementation=name
-        )
-        steps[name] = compile_step(tx, params)
-    assert compiled
-    assert steps["triton"] == steps["pallas"]
-    assert steps["triton"].kernels == {"optax_flash": 1}
-
-
-def test_eight_gpus_exchange_nothing(compiled):
-    mesh = mesh_of((4, 2), ("fsdp", "tp"))
-    params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
-    tx = optax_flash.master_weights(
-        optax_flash.compress(optax.adamw(1e-3)), implementation="triton"
-    )
-    with jax.set_mesh(mesh):
-        step = compile_step(tx, params, mesh, ("fsdp", "tp"))
-    assert not step.collectives
-    assert step.kernels == {"optax_flash": 1}
-    assert ".local" not in compiled[0]
-
-
-def test_leaves_of_one_kernel_compile(compiled):
-    params = {
-        f"{i}": jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        for i, shape in enumerate([(64, 64), (100, 70), (4096,), (3, 3, 64, 64)])
-    }
-    tx = optax_flash.master_weights(
-        optax_flash.compress(optax.adamw(1e-3)), implementation="triton"
-    )
-    assert compile_step(tx, params).kernels == {"optax_flash": 1}
-    assert ".local" not in compiled[0]
 
 
 def test_equal_leaves_share_a_compilation():
     tx = compress(optax.adamw(1e-2))
     params = [jnp.ones((64, 128)), jnp.ones((128, 64))]
     sources = {
-        triton.source(plan([whole_leaf(p, operands_of(p))], DEFAULT))
+        triton.source(plan([whole_leaf(p, operands_of(p))], DEFAULT), True)
         for p in programs(tx, params)
     }
     (text,) = sources
