@@ -16,7 +16,7 @@ CALLS = ("jit", "pjit", "closed_call")
 def inline(jaxpr: core.Jaxpr, every: bool = False) -> core.Jaxpr:
     """The same jaxpr without such calls; without any, if ``every``."""
     wanted = _is_call if every else _is_mixed
-    if not any(map(wanted, jaxpr.eqns)):
+    if not any(wanted(eqn) or _is_identity(eqn) for eqn in jaxpr.eqns):
         return jaxpr
     eqns: list[core.JaxprEqn] = []
     renamed: dict[Any, Any] = {}
@@ -24,6 +24,11 @@ def inline(jaxpr: core.Jaxpr, every: bool = False) -> core.Jaxpr:
     return jaxpr.replace(
         eqns=eqns, outvars=[_renamed(x, renamed) for x in jaxpr.outvars]
     )
+
+
+def _is_identity(eqn: Any) -> bool:
+    """Whether it is what derivatives leave behind on a mesh of automatic axes."""
+    return eqn.primitive.name == "reshard" and eqn.invars[0].aval == eqn.outvars[0].aval
 
 
 def _is_call(eqn: Any) -> bool:
@@ -52,6 +57,9 @@ def _emit(
 ) -> None:
     for eqn in eqns:
         operands = [_renamed(x, renamed) for x in eqn.invars]
+        if _is_identity(eqn):
+            renamed[eqn.outvars[0]] = operands[0]
+            continue
         if not wanted(eqn):
             out.append(eqn.replace(invars=operands) if renamed else eqn)
             continue
