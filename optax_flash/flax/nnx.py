@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from optax_flash.flax.gradients import placed
 from optax_flash.flax.precision import (
     KeepFloat32,
     cast_trained,
@@ -27,7 +28,8 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
 
     The constructor casts the model's params in place, wraps ``tx`` in
     :func:`optax_flash.master_weights`, and keeps the lower bits of the weights that it
-    found. ``update`` is Flax's own.
+    found. ``update`` is Flax's own, but that gradients are moved to where the sharding
+    names of their params say, before they meet the state.
 
     Sharding names of the model's params pass to their state, where they fit: made under
     ``jax.set_mesh``, also inside ``nnx.jit``, the state is sharded like the model, and
@@ -93,6 +95,18 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         state = set_master_params(nnx.as_pure(self.opt_state), half, weights)
         nnx.update(self.opt_state, nnx.state(state))
 
+    def update(self, model: M, /, *grads: Any, **kwargs: Any) -> Any:
+        """Flax's own, see ``nnx.Optimizer.update``.
+
+        Args:
+          model: whose params are updated in place.
+          *grads: the gradients, one tree.
+          **kwargs: further arguments of ``tx.update``.
+        """
+        if len(grads) == 1:
+            grads = (placed(grads[0], nnx.state(model, self.wrt)),)
+        return super().update(model, *grads, **kwargs)
+
     def kept_float32(self, model: M) -> list[str]:
         """The sorted paths of the model's trained params that are stored in float32.
 
@@ -133,6 +147,11 @@ def _with_names(state: Any, params: Any) -> Any:
         return isinstance(x, nnx.Variable)
 
     def variable(x: Any) -> Any:
+        if isinstance(x, _Named):
+            # Of a param that is an array itself, or no param's: Flax wraps it.
+            return x.value
+        if not is_variable(x):
+            return x
         leaf = x.get_value()
         if not isinstance(leaf, _Named):
             return x
@@ -150,8 +169,10 @@ def _with_names(state: Any, params: Any) -> Any:
     return join(trees)
 
 
-def _metadata(field: str, param: nnx.Variable, x: Any) -> dict[str, Any]:
+def _metadata(field: str, param: Any, x: Any) -> dict[str, Any]:
     """The sharding names of one param's leaf in a field, as Flax takes them."""
+    if not isinstance(param, nnx.Variable):
+        return {}
     metadata = param.get_metadata()
     names = metadata.get("out_sharding")
     is_names = isinstance(names, tuple | jax.sharding.PartitionSpec)
