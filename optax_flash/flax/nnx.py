@@ -7,6 +7,7 @@ import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from optax_flash.flax.gradients import placed
 from optax_flash.flax.precision import (
     KeepFloat32,
     cast_trained,
@@ -24,7 +25,8 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
 
     The constructor casts the model's params in place, wraps ``tx`` in
     :func:`optax_flash.master_weights`, and keeps the lower bits of the weights that it
-    found. ``update`` is Flax's own.
+    found. ``update`` is Flax's own, but that gradients are moved to where the sharding
+    names of their params say, before they meet the state.
 
     Sharding names of the model's params pass to their state, where they fit: made under
     ``jax.set_mesh``, also inside ``nnx.jit``, the state is sharded like the model, and
@@ -83,6 +85,18 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         super().__init__(model, with_master_weights(tx, bits, codec), wrt=wrt)
         state = set_master_params(nnx.as_pure(self.opt_state), half, weights)
         nnx.update(self.opt_state, nnx.state(state))
+
+    def update(self, model: M, /, *grads: Any, **kwargs: Any) -> Any:
+        """Flax's own, see ``nnx.Optimizer.update``.
+
+        Args:
+          model: whose params are updated in place.
+          *grads: the gradients, one tree.
+          **kwargs: further arguments of ``tx.update``.
+        """
+        if len(grads) == 1:
+            grads = (placed(grads[0], nnx.state(model, self.wrt)),)
+        return super().update(model, *grads, **kwargs)
 
     def kept_float32(self, model: M) -> list[str]:
         """The sorted paths of the model's trained params that are stored in float32.

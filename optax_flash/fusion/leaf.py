@@ -172,6 +172,8 @@ def _lowering(platform: str) -> Callable[..., Any]:
                 function = partition.mapped(
                     programs, kernel, ctx.avals_in, ctx.avals_out, sliced
                 )
+            elif rest := _not_manual(context):
+                function = partition.gathered(programs, kernel, rest, sliced)
             else:
                 function = partition.partitioned(programs, kernel, sliced)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
@@ -191,6 +193,13 @@ def _is_local(context: Any) -> bool:
     if isinstance(context, mlir.SPMDAxisContext):
         return context.manual_axes == frozenset(context.mesh.axis_names)
     return False
+
+
+def _not_manual(context: Any) -> frozenset[Any]:
+    """The axes that a jax.shard_map over others leaves to XLA's partitioner."""
+    if isinstance(context, mlir.SPMDAxisContext) and context.manual_axes:
+        return frozenset(context.mesh.axis_names) - context.manual_axes
+    return frozenset()
 
 
 def _kernel(

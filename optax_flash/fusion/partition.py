@@ -4,15 +4,20 @@ XLA's partitioner does not see into a kernel, so it is told: all operands of a l
 sharded alike, scales along with the groups that they belong to. Where the last axis has
 shards that do not hold whole units, it is gathered, and the results are the same.
 
+XLA may shard a leaf over a part of a mesh axis, which no PartitionSpec can say: 4 heads
+of a param on a mesh of 8 devices become shards of 4 by 2. So its shardings are read on
+a finer mesh, whose axes are of prime sizes.
+
 Programs may also run on a slice of their leaves: one index of the first axis, which is
 the first operand. What they compute depends on the place in the whole leaf, as ever.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
@@ -20,7 +25,7 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 from jax.extend import core
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Place, Shard
@@ -60,12 +65,17 @@ def partitioned(
     """The same as a function that XLA can partition over devices."""
     run = custom_partitioning(whole(programs, kernel, sliced))
 
-    def shardings(mesh: Any, specs: list[PartitionSpec]) -> list[NamedSharding]:
+    def shardings(mesh: Mesh, specs: list[PartitionSpec]) -> list[NamedSharding]:
         return [NamedSharding(mesh, spec) for spec in specs]
 
-    def partition(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
+    def read(mesh: Mesh, arg_shapes: Any) -> tuple[Mesh, list[tuple[Any, ...]]]:
+        mesh = mesh if mesh.empty else _finer(mesh)
+        given = [_spec(mesh, x.sharding, len(x.shape)) for x in arg_shapes]
+        return mesh, _specs(programs, mesh, given, sliced)
+
+    def partition(mesh: Mesh, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        specs = _specs(programs, mesh, arg_shapes, sliced)
+        mesh, specs = read(mesh, arg_shapes)
         operands, results = _by_array(programs, specs, sliced)
         return (
             mesh,
@@ -74,14 +84,16 @@ def partitioned(
             tuple(shardings(mesh, operands)),
         )
 
-    def infer(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
+    def infer(mesh: Mesh, arg_shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
-        specs = _specs(programs, mesh, arg_shapes, sliced)
+        mesh, specs = read(mesh, arg_shapes)
         return shardings(mesh, _by_array(programs, specs, sliced)[1])
 
     run.def_partition(
         partition,
         infer_sharding_from_operands=infer,
+        # jax raises where a sharding is none of the mesh's axes.
+        decode_shardings=False,
         sharding_rule=_rule(programs, sliced),
     )
     return run
@@ -102,7 +114,7 @@ def mapped(
         leaves it so.
     """
     mesh = explicit_mesh(avals)
-    specs = _specs(programs, mesh, avals, sliced)
+    specs = _specs(programs, mesh, [x.sharding.spec for x in avals], sliced)
     operand_specs, result_specs = _by_array(programs, specs, sliced)
     given = [x.sharding.spec for x in out_avals] if out_avals else result_specs
 
@@ -115,6 +127,29 @@ def mapped(
             check_vma=False,
         )(*map(_reshard(mesh), operands, operand_specs))
         return list(map(_reshard(mesh), results, given))
+
+    return run
+
+
+def gathered(
+    programs: Programs, kernel: Kernel, names: frozenset[Any], sliced: bool = False
+) -> Callable[..., list[jax.Array]]:
+    """The same inside of a jax.shard_map over some axes of a mesh of automatic ones.
+
+    How leaves are sharded over the others cannot be known there: they are gathered.
+
+    Args:
+      names: the others.
+    """
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        return jax.shard_map(
+            whole(programs, kernel, sliced),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            axis_names=names,
+            check_vma=False,
+        )(*operands)
 
     return run
 
@@ -156,18 +191,97 @@ def _shape(program: Program, sliced: bool) -> tuple[int, ...]:
     return (1, *program.shape[1:]) if sliced else program.shape
 
 
+def _finer(mesh: Mesh) -> Mesh:
+    """The mesh with each axis as several, of prime sizes, over the same devices."""
+    finer = {
+        f"{name}_{i}": prime
+        for name, size in mesh.shape.items()
+        for i, prime in enumerate(_primes(size))
+    }
+    return Mesh(mesh.devices.reshape(tuple(finer.values())), tuple(finer))
+
+
+def _primes(n: int) -> Iterator[int]:
+    """The prime factors of a number, the smallest first."""
+    prime = 2
+    while n > 1:
+        while n % prime == 0:
+            yield prime
+            n //= prime
+        prime += 1
+
+
+def _spec(mesh: Mesh, sharding: Any, n_axes: int) -> PartitionSpec | None:
+    """A sharding that XLA proposes, by names of the mesh; None where there is none.
+
+    Args:
+      mesh: of all of the program's devices, or empty.
+      sharding: None, or any that says which indices of an array a device has.
+      n_axes: of the array.
+    """
+    if sharding is None or mesh.empty:
+        return None
+    # A size that every number of shards divides, whatever that of the array.
+    size = mesh.size
+    try:
+        indices = sharding.devices_indices_map((size,) * n_axes)
+    except (AssertionError, NotImplementedError, ValueError):
+        # Of a kind that jax has no indices for.
+        return None
+    entries = []
+    for axis in range(n_axes):
+        slices = [indices[device][axis].indices(size) for device in mesh.devices.flat]
+        starts = np.asarray([start for start, _, _ in slices])
+        names = _names(mesh, starts.reshape(mesh.devices.shape))
+        if names is None:
+            return None
+        entries.append(names)
+    return PartitionSpec(*entries)
+
+
+def _names(mesh: Mesh, starts: np.ndarray) -> tuple[str, ...] | None:
+    """The mesh's axes over which one axis of an array is sharded, the major one first.
+
+    Args:
+      mesh: its axes are all larger than 1.
+      starts: where each device's shard begins, of an axis as long as there are devices.
+    """
+    origin = (0,) * starts.ndim
+    strides = {}
+    for axis, name in enumerate(mesh.axis_names):
+        second = (*origin[:axis], 1, *origin[axis + 1 :])
+        if starts[second] != starts[origin]:
+            strides[name] = starts[second]
+    names = sorted(strides, key=lambda name: -strides[name])
+    # What these names mean, to be compared.
+    expected = np.zeros_like(starts)
+    length = mesh.size
+    for name in names:
+        length //= mesh.shape[name]
+        along = [1] * starts.ndim
+        along[mesh.axis_names.index(name)] = -1
+        expected += np.arange(mesh.shape[name]).reshape(along) * length
+    return tuple(names) if np.array_equal(starts, expected) else None
+
+
 def _specs(
-    programs: Programs, mesh: Any, arrays: Any, sliced: bool
+    programs: Programs,
+    mesh: Any,
+    given: Sequence[PartitionSpec | None],
+    sliced: bool,
 ) -> list[tuple[Any, ...]]:
-    """How each leaf is to be sharded: for each axis a name, several, or None."""
+    """How each leaf is to be sharded: for each axis a name, several, or None.
+
+    As the first of its arrays whose sharding is known: the others move there.
+    """
     specs = []
-    _, arrays = _index(sliced, arrays)
-    for program, of_leaf in zip(programs, by_leaf(programs, arrays), strict=True):
+    _, given = _index(sliced, given)
+    for program, of_leaf in zip(programs, by_leaf(programs, given), strict=True):
         shape = _shape(program, sliced)
         spec: list[Any] = [None] * len(shape)
-        for role, x in zip(program.inputs, of_leaf, strict=True):
-            if role.kind in ("full", "codes") and isinstance(x.sharding, NamedSharding):
-                spec[: len(x.sharding.spec)] = x.sharding.spec
+        for role, known in zip(program.inputs, of_leaf, strict=True):
+            if role.kind in ("full", "codes") and known is not None:
+                spec[: len(known)] = [entry or None for entry in known]
                 break
         for axis, entry in enumerate(spec):
             multiple = program.lanes if axis == len(spec) - 1 else 1
