@@ -161,4 +161,6 @@ def _kind(
     if leaf.program is None:
         return shape, "xla", leaf.reason, None
     name, reason = choose(leaf.program, implementation, platform, target)
-    return shape, name, leaf.reason or reason if name != "xla" else reason, leaf.program
+    if leaf.reason and name != "xla":
+        reason = reason.replace("elementwise", leaf.reason, 1)
+    return shape, name, reason, leaf.program
