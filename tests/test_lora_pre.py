@@ -297,7 +297,7 @@ def test_state_elements(rank, expected):
     report = optax_flash.memory_report(scale_by_lora_pre(rank), params)
     (row,) = (row for row in report.rows if row.name.startswith("k "))
     assert row.component_bytes["other state"] == 4 * elements
-    muon = lora_pre_muon(0.1, rank).init(params)
+    muon = lora_pre_muon(0.1, rank=rank).init(params)
     left, right = (optax.tree.get(muon, f"mu_{x}")["k"] for x in ("left", "right"))
     assert left.size + right.size == elements / 2
 
@@ -402,7 +402,7 @@ def test_inject_hyperparams(alias):
 
 def test_muon_is_optax_muon_while_nothing_is_factored():
     params = {"k": jnp.asarray(normal((32, 48)), jnp.float32)}
-    tx = lora_pre_muon(0.1, 32, 0.9)
+    tx = lora_pre_muon(0.1, rank=32, beta=0.9)
     stock = optax.contrib.muon(0.1, beta=0.9, nesterov=False)
     state, stock_state = tx.init(params), stock.init(params)
     for seed in range(3):
