@@ -326,7 +326,7 @@ def test_factors_are_in_8_bit_codes_unless_codecs_say_otherwise(alias):
     fields = [f"{m}_{side}" for m in ("mu", "nu") for side in ("left", "right")]
     fields = fields[:2] if alias is lora_pre_muon else fields
     for codecs, dtype in (None, jnp.uint8), (dict.fromkeys(fields), jnp.float32):
-        state = alias(1e-3, 32, codecs=codecs).init(params)
+        state = alias(1e-3, rank=32, codecs=codecs).init(params)
         for field in fields:
             assert optax.tree.get(state, field)["k"].dtype == dtype
 
@@ -394,7 +394,7 @@ def test_inject_hyperparams(alias):
         learning_rate=optax.linear_schedule(0.1, 0.0, 4), rank=8
     )
     params = {"kernel": make_params()["kernel"]}
-    plain = factory(0.1, 8)
+    plain = factory(0.1, rank=8)
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     expected, _ = jax.jit(plain.update)(params, plain.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)

@@ -38,7 +38,7 @@ def alias_fixture(request):
     return functools.partial(
         optax_flash.lowrank_adamw,
         1e-2,
-        8,
+        rank=8,
         strategy=request.param,
         refresh_every=STRATEGIES[request.param],
     )
@@ -440,7 +440,7 @@ class TestComposes:
         expected, _ = run(tx(optax.linear_schedule(1e-2, 1e-3, 4), 0.9), grads)
         assert relative_error(np.asarray(updates), np.asarray(expected)) < 1e-4
         with pytest.raises(ValueError, match="rank is"):
-            optax.inject_hyperparams(optax_flash.lowrank_adamw)(1e-2, 8).init(
+            optax.inject_hyperparams(optax_flash.lowrank_adamw)(1e-2, rank=8).init(
                 params_of()
             )
 
