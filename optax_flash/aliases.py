@@ -1,12 +1,13 @@
 """The optimizers people ask for by name: optax's own, with an 8- or 4-bit state."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_flash.transforms._arguments import check_no_dtype
 from optax_flash.transforms.compress import Codecs, compress
 from optax_flash.transforms.tame import tame
 
@@ -20,9 +21,10 @@ def adamw8(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-4,
     mask: Mask = None,
+    *,
     nesterov: bool = False,
     codecs: Codecs = None,
     implementation: str | None = None,
@@ -44,6 +46,8 @@ def adamw8(
       b2: decay rate of the second moment.
       eps: added outside of the square root.
       eps_root: added inside of it.
+      mu_dtype: None; it stands where optax has it. ``codecs`` say how the momentum is
+        stored.
       weight_decay: :math:`\lambda`, multiplied by the learning rate.
       mask: tree of booleans, or a function of the params that gives one: which params
         decay.
@@ -55,7 +59,7 @@ def adamw8(
       The transformation.
 
     Raises:
-      ValueError: a decay rate in half precision, where 0.999 is 1.
+      ValueError: a decay rate in half precision, where 0.999 is 1; a ``mu_dtype``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_flash
@@ -76,6 +80,7 @@ def adamw8(
     References:
       Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
     """
+    check_no_dtype("adamw8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.adamw(
             number(learning_rate),
@@ -98,11 +103,12 @@ def tamed_adamw8(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
     *,
     threshold: Scalar,
     relative: bool = False,
-    weight_decay: Scalar = 1e-4,
-    mask: Mask = None,
     nesterov: bool = False,
     codecs: Codecs = None,
     implementation: str | None = None,
@@ -115,10 +121,11 @@ def tamed_adamw8(
       b2: decay rate of the second moment.
       eps: added outside of the square root.
       eps_root: added inside of it.
-      threshold: see :func:`tame`; infinity for :func:`adamw8`.
-      relative: whether it is in units of the root of the second moment.
+      mu_dtype: None, as in :func:`adamw8`.
       weight_decay: multiplied by the learning rate.
       mask: which params decay, as in :func:`adamw8`.
+      threshold: see :func:`tame`; infinity for :func:`adamw8`.
+      relative: whether it is in units of the root of the second moment.
       nesterov: use Nesterov momentum.
       codecs: see :func:`compress`.
       implementation: see :func:`compress`.
@@ -127,7 +134,8 @@ def tamed_adamw8(
       The transformation.
 
     Raises:
-      ValueError: a decay rate in half precision, a threshold that is not positive.
+      ValueError: a decay rate in half precision; a threshold that is not positive; a
+        ``mu_dtype``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -137,6 +145,7 @@ def tamed_adamw8(
       >>> optax.tree.get(state, "clipped")
       Array(0., dtype=float32)
     """
+    check_no_dtype("tamed_adamw8", "mu_dtype", mu_dtype, "mu")
     return compress(
         with_decay(
             tame(
@@ -163,6 +172,7 @@ def adam8(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
     *,
     nesterov: bool = False,
     codecs: Codecs = None,
@@ -181,6 +191,7 @@ def adam8(
     References:
       Kingma and Ba, "Adam", arXiv 1412.6980.
     """
+    check_no_dtype("adam8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.adam(
             number(learning_rate),
@@ -199,9 +210,10 @@ def lion8(
     learning_rate: optax.ScalarOrSchedule,
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-3,
     mask: Mask = None,
+    *,
     codecs: Codecs = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -217,6 +229,7 @@ def lion8(
         Adam's.
       b1: decay rate of the momentum that the sign is taken of.
       b2: decay rate of the momentum that is stored.
+      mu_dtype: None, as in :func:`adamw8`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate.
       mask: which params decay, as in :func:`adamw8`.
       codecs: see :func:`optax_flash.compress`.
@@ -226,7 +239,7 @@ def lion8(
       The transformation.
 
     Raises:
-      ValueError: a decay rate in half precision.
+      ValueError: a decay rate in half precision; a ``mu_dtype``.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash
@@ -237,6 +250,7 @@ def lion8(
     References:
       Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
     """
+    check_no_dtype("lion8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.lion(
             number(learning_rate),
@@ -254,6 +268,7 @@ def sgd8(
     learning_rate: optax.ScalarOrSchedule,
     momentum: Scalar | None = None,
     nesterov: bool = False,
+    accumulator_dtype: None = None,
     *,
     codecs: Codecs = None,
     implementation: str | None = None,
@@ -266,6 +281,8 @@ def sgd8(
       learning_rate: :math:`\alpha`, a number or a schedule.
       momentum: :math:`\mu`; with None, as in optax, there is no state to store.
       nesterov: use Nesterov momentum.
+      accumulator_dtype: None; it stands where optax has it. ``codecs`` say how the
+        momentum is stored.
       codecs: see :func:`optax_flash.compress`.
       implementation: see :func:`optax_flash.compress`.
 
@@ -273,7 +290,7 @@ def sgd8(
       The transformation.
 
     Raises:
-      ValueError: a momentum in half precision.
+      ValueError: a momentum in half precision; an ``accumulator_dtype``.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash
@@ -285,6 +302,7 @@ def sgd8(
       Sutskever et al., "On the importance of initialization and momentum in deep
       learning", 2013.
     """
+    check_no_dtype("sgd8", "accumulator_dtype", accumulator_dtype, "trace")
     if momentum is not None:
         momentum = rate("momentum", momentum)
     return compress(
@@ -300,9 +318,10 @@ def adamw4(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-4,
     mask: Mask = None,
+    *,
     nesterov: bool = False,
     codecs: Codecs = "companded4",
     implementation: str | None = None,
@@ -329,6 +348,7 @@ def adamw4(
       Li, Chen and Zhu, "Memory Efficient Optimizers with 4-bit States", arXiv
       2309.01507.
     """
+    check_no_dtype("adamw4", "mu_dtype", mu_dtype, "mu")
     return adamw8(
         learning_rate,
         b1,
@@ -349,6 +369,7 @@ def adam4(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
     *,
     nesterov: bool = False,
     codecs: Codecs = "companded4",
@@ -362,6 +383,7 @@ def adam4(
       >>> state.inner_state[0].mu.shape
       (64, 32)
     """
+    check_no_dtype("adam4", "mu_dtype", mu_dtype, "mu")
     return adam8(
         learning_rate,
         b1,
@@ -378,9 +400,10 @@ def lion4(
     learning_rate: optax.ScalarOrSchedule,
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-3,
     mask: Mask = None,
+    *,
     codecs: Codecs = "companded4",
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -392,6 +415,7 @@ def lion4(
       >>> state.inner_state[0].mu.shape
       (64, 32)
     """
+    check_no_dtype("lion4", "mu_dtype", mu_dtype, "mu")
     return lion8(
         learning_rate,
         b1,
@@ -407,6 +431,7 @@ def sgd4(
     learning_rate: optax.ScalarOrSchedule,
     momentum: Scalar | None = None,
     nesterov: bool = False,
+    accumulator_dtype: None = None,
     *,
     codecs: Codecs = "companded4",
     implementation: str | None = None,
@@ -419,6 +444,7 @@ def sgd4(
       >>> state.inner_state[0].trace.shape
       (64, 32)
     """
+    check_no_dtype("sgd4", "accumulator_dtype", accumulator_dtype, "trace")
     return sgd8(
         learning_rate,
         momentum,
@@ -433,6 +459,7 @@ def scale_by_adam8(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
     *,
     nesterov: bool = False,
     codecs: Codecs = None,
@@ -444,6 +471,7 @@ def scale_by_adam8(
       >>> import optax, optax_flash
       >>> tx = optax.chain(optax_flash.scale_by_adam8(), optax.scale(-1e-3))
     """
+    check_no_dtype("scale_by_adam8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.scale_by_adam(
             b1=rate("b1", b1),
@@ -460,18 +488,29 @@ def scale_by_adam8(
 def scale_by_lion8(
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
+    mu_dtype: None = None,
     *,
+    mode: Literal["hard", "smooth", "refined"] = "hard",
+    smooth_beta: float = 1.0,
     codecs: Codecs = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``compress(optax.scale_by_lion(...))``; see :func:`lion8`.
 
+    ``mode`` and ``smooth_beta`` are optax's.
+
     Example:
       >>> import optax, optax_flash
       >>> tx = optax.chain(optax_flash.scale_by_lion8(), optax.scale(-1e-4))
     """
+    check_no_dtype("scale_by_lion8", "mu_dtype", mu_dtype, "mu")
     return compress(
-        optax.scale_by_lion(b1=rate("b1", b1), b2=rate("b2", b2)),
+        optax.scale_by_lion(
+            b1=rate("b1", b1),
+            b2=rate("b2", b2),
+            mode=mode,
+            smooth_beta=smooth_beta,
+        ),
         codecs,
         implementation=implementation,
     )
@@ -480,6 +519,7 @@ def scale_by_lion8(
 def trace8(
     decay: Scalar,
     nesterov: bool = False,
+    accumulator_dtype: None = None,
     *,
     codecs: Codecs = None,
     implementation: str | None = None,
@@ -490,6 +530,7 @@ def trace8(
       >>> import optax, optax_flash
       >>> tx = optax.chain(optax_flash.trace8(0.9), optax.scale(-0.1))
     """
+    check_no_dtype("trace8", "accumulator_dtype", accumulator_dtype, "trace")
     return compress(
         optax.trace(rate("decay", decay), nesterov=nesterov),
         codecs,

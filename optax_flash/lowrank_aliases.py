@@ -7,6 +7,7 @@ import optax
 
 from optax_flash.aliases import Mask, Scalar, number, rate, with_decay
 from optax_flash.transforms import _mirror
+from optax_flash.transforms._arguments import check_no_dtype, check_only
 from optax_flash.transforms._factors import Rank, Where, check_rank
 from optax_flash.transforms.compress import Codecs, compress
 from optax_flash.transforms.lora_pre import DAMPING, scale_by_lora_pre
@@ -19,14 +20,15 @@ from optax_flash.transforms.lowrank_adam import (
 
 def lora_pre_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
     b1: Scalar = 0.9,
     b2: Scalar = 0.95,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-4,
     mask: Mask = None,
+    *,
+    rank: Rank,
     damping: Scalar = DAMPING,
     bias_correction: str = "matched",
     where: Where = None,
@@ -42,14 +44,15 @@ def lora_pre_adamw(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added outside of the square root.
       eps_root: added inside of it.
+      mu_dtype: None, as in :func:`adamw8`.
       weight_decay: multiplied by the learning rate.
       mask: tree of booleans, or a function of the params that gives one: which params
         decay.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
       damping: see :func:`scale_by_lora_pre`.
       bias_correction: see :func:`scale_by_lora_pre`.
       where: which leaves may be factored, by their path. The paper leaves embeddings
@@ -61,7 +64,8 @@ def lora_pre_adamw(
       The transformation.
 
     Raises:
-      ValueError: see :func:`scale_by_lora_pre`; a decay rate in half precision.
+      ValueError: see :func:`scale_by_lora_pre`; a decay rate in half precision; a
+        ``mu_dtype``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_flash
@@ -82,6 +86,8 @@ def lora_pre_adamw(
     References:
       "Taming Momentum", arXiv 2602.24283.
     """
+    fields = ("mu_left", "mu_right")
+    check_no_dtype("lora_pre_adamw", "mu_dtype", mu_dtype, *fields)
     return compress(
         with_decay(
             scale_by_lora_pre(
@@ -105,20 +111,24 @@ def lora_pre_adamw(
 
 def lora_pre_muon(
     learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
-    momentum: Scalar = 0.95,
-    *,
-    nesterov: bool = False,
     ns_coeffs: tuple[float, float, float] = NS_COEFFS,
     ns_steps: int = 5,
+    beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: Scalar = 0.0,
-    mask: Mask = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    mu_dtype: None = None,
+    *,
+    rank: Rank,
+    nesterov: bool = False,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
     adam_b1: Scalar = 0.9,
     adam_b2: Scalar = 0.999,
     adam_eps_root: Scalar = 0.0,
     adam_weight_decay: Scalar = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: None = None,
     consistent_rms: Scalar | None = None,
     damping: Scalar = DAMPING,
     where: Where = None,
@@ -134,19 +144,23 @@ def lora_pre_muon(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
-      momentum: see :func:`scale_by_lora_pre_muon`, as for the next four.
-      nesterov: use Nesterov momentum.
-      ns_coeffs: of the Newton-Schulz iteration.
+      ns_coeffs: of the Newton-Schulz iteration; see :func:`scale_by_lora_pre_muon`.
       ns_steps: how many iterations.
+      beta: decay rate of the momentum.
       eps: for the norm of a momentum, and for Adam.
       weight_decay: of Muon's leaves, multiplied by the learning rate.
-      mask: which of Muon's leaves decay.
-      adam_learning_rate: None takes ``learning_rate``.
+      weight_decay_mask: which of Muon's leaves decay.
+      mu_dtype: None, as in :func:`adamw8`.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+      nesterov: use Nesterov momentum; the default is not that of optax.
+      adaptive: False; optax's other choice is not there.
+      preconditioning: "frobenius"; optax's other choices are not there.
       adam_b1: decay rate of Adam's first moment.
       adam_b2: decay rate of its second.
       adam_eps_root: added inside of its square root.
       adam_weight_decay: of Adam's leaves.
+      adam_learning_rate: None takes ``learning_rate``.
+      muon_weight_dimension_numbers: None; ``where`` says which leaves are Muon's.
       consistent_rms: see :func:`scale_by_lora_pre_muon`.
       damping: see :func:`scale_by_lora_pre`.
       where: which leaves of two axes or more are Muon's, by their path; None: all. Keep
@@ -158,7 +172,8 @@ def lora_pre_muon(
       The transformation.
 
     Raises:
-      ValueError: see :func:`scale_by_lora_pre_muon`; a decay rate in half precision.
+      ValueError: see :func:`scale_by_lora_pre_muon`; a decay rate in half precision;
+        an argument of ``optax.contrib.muon`` that has no meaning here.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
@@ -172,6 +187,14 @@ def lora_pre_muon(
       "Taming Momentum", arXiv 2602.24283, and Jordan, "Muon", 2024.
     """
     check_rank("lora_pre_muon", rank)
+    check_no_dtype("lora_pre_muon", "mu_dtype", mu_dtype, "mu_left", "mu_right")
+    only = "Only False is possible: the update is scaled as in plain Muon"
+    check_only("lora_pre_muon", "adaptive", adaptive, False, only)
+    only = "Only 'frobenius' is possible: a momentum is divided by its Frobenius norm"
+    check_only("lora_pre_muon", "preconditioning", preconditioning, "frobenius", only)
+    given = muon_weight_dimension_numbers
+    only = "Leave it out, and say by where=, of paths, which leaves are Muon's"
+    check_only("lora_pre_muon", "muon_weight_dimension_numbers", given, None, only)
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
@@ -183,7 +206,7 @@ def lora_pre_muon(
     muon = with_decay(
         scale_by_lora_pre_muon(
             rank,
-            rate("momentum", momentum),
+            rate("beta", beta),
             nesterov=nesterov,
             ns_coeffs=ns_coeffs,
             ns_steps=ns_steps,
@@ -193,7 +216,7 @@ def lora_pre_muon(
         ),
         learning_rate,
         weight_decay,
-        mask,
+        weight_decay_mask,
     )
     adam = optax.adamw(
         number(adam_learning_rate),
@@ -215,14 +238,15 @@ def lora_pre_muon(
 
 def lowrank_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    *,
+    mu_dtype: None = None,
     weight_decay: Scalar = 1e-4,
     mask: Mask = None,
+    *,
+    rank: Rank,
     refresh_every: int = 1,
     strategy: str = "randomized",
     oversampling: int = 8,
@@ -243,13 +267,14 @@ def lowrank_adamw(
 
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule.
-      rank: components of each moment, or a share of a matrix's smaller side.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added outside of the square root.
       eps_root: added inside of it.
+      mu_dtype: None, as in :func:`adamw8`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate.
       mask: which params decay, as in :func:`adamw8`.
+      rank: components of each moment, or a share of a matrix's smaller side.
       refresh_every: see :func:`scale_by_lowrank_adam`, as the next seven.
       strategy: how a basis is found.
       oversampling: of the random sketch.
@@ -266,7 +291,7 @@ def lowrank_adamw(
       The transformation.
 
     Raises:
-      ValueError: a decay rate in half precision, and what
+      ValueError: a decay rate in half precision, a ``mu_dtype``, and what
         :func:`scale_by_lowrank_adam` raises.
 
     Example:
@@ -288,6 +313,8 @@ def lowrank_adamw(
     References:
       MLorc, arXiv 2506.01897.
     """
+    fields = LowRankAdamState._fields[1:]
+    check_no_dtype("lowrank_adamw", "mu_dtype", mu_dtype, *fields)
     extra: dict[str, Any] = dict(
         refresh_every=refresh_every,
         strategy=strategy,

@@ -56,9 +56,11 @@ OPTIMIZERS = {
     ),
 }
 LOW_RANK = {
-    "lora_pre_adamw": functools.partial(optax_flash.lora_pre_adamw, 0.01, 4),
-    "lora_pre_muon": functools.partial(optax_flash.lora_pre_muon, 0.01, 4),
-    "lowrank_adamw": functools.partial(optax_flash.lowrank_adamw, 0.01, 4, min_dim=8),
+    "lora_pre_adamw": functools.partial(optax_flash.lora_pre_adamw, 0.01, rank=4),
+    "lora_pre_muon": functools.partial(optax_flash.lora_pre_muon, 0.01, rank=4),
+    "lowrank_adamw": functools.partial(
+        optax_flash.lowrank_adamw, 0.01, rank=4, min_dim=8
+    ),
 }
 ALL = OPTIMIZERS | LOW_RANK
 # What must not follow or wrap a residual has no row for master_weights.

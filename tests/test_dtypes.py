@@ -135,7 +135,9 @@ EVERY = {
     ),
     "master_24": lambda: additive(optax_flash.adamw8(0.01)),
     "master_32": lambda: additive(optax.adam(0.01), 32),
-    "master_low_rank": lambda: additive(optax_flash.lowrank_adamw(0.01, 4, min_dim=8)),
+    "master_low_rank": lambda: additive(
+        optax_flash.lowrank_adamw(0.01, rank=4, min_dim=8)
+    ),
     "master_multi_steps": lambda: additive(multi_steps(optax_flash.adamw8(0.01))),
     "adagrad": lambda: compress(optax.adagrad(0.01)),
     "adan": lambda: compress(optax.adan(0.01)),

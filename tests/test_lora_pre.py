@@ -297,7 +297,7 @@ def test_state_elements(rank, expected):
     report = optax_flash.memory_report(scale_by_lora_pre(rank), params)
     (row,) = (row for row in report.rows if row.name.startswith("k "))
     assert row.component_bytes["other state"] == 4 * elements
-    muon = lora_pre_muon(0.1, rank).init(params)
+    muon = lora_pre_muon(0.1, rank=rank).init(params)
     left, right = (optax.tree.get(muon, f"mu_{x}")["k"] for x in ("left", "right"))
     assert left.size + right.size == elements / 2
 
@@ -326,7 +326,7 @@ def test_factors_are_in_8_bit_codes_unless_codecs_say_otherwise(alias):
     fields = [f"{m}_{side}" for m in ("mu", "nu") for side in ("left", "right")]
     fields = fields[:2] if alias is lora_pre_muon else fields
     for codecs, dtype in (None, jnp.uint8), (dict.fromkeys(fields), jnp.float32):
-        state = alias(1e-3, 32, codecs=codecs).init(params)
+        state = alias(1e-3, rank=32, codecs=codecs).init(params)
         for field in fields:
             assert optax.tree.get(state, field)["k"].dtype == dtype
 
@@ -394,7 +394,7 @@ def test_inject_hyperparams(alias):
         learning_rate=optax.linear_schedule(0.1, 0.0, 4), rank=8
     )
     params = {"kernel": make_params()["kernel"]}
-    plain = factory(0.1, 8)
+    plain = factory(0.1, rank=8)
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     expected, _ = jax.jit(plain.update)(params, plain.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
@@ -402,7 +402,7 @@ def test_inject_hyperparams(alias):
 
 def test_muon_is_optax_muon_while_nothing_is_factored():
     params = {"k": jnp.asarray(normal((32, 48)), jnp.float32)}
-    tx = lora_pre_muon(0.1, 32, 0.9)
+    tx = lora_pre_muon(0.1, rank=32, beta=0.9)
     stock = optax.contrib.muon(0.1, beta=0.9, nesterov=False)
     state, stock_state = tx.init(params), stock.init(params)
     for seed in range(3):

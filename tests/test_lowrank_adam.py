@@ -38,7 +38,7 @@ def alias_fixture(request):
     return functools.partial(
         optax_flash.lowrank_adamw,
         1e-2,
-        8,
+        rank=8,
         strategy=request.param,
         refresh_every=STRATEGIES[request.param],
     )
@@ -115,7 +115,9 @@ class TestOracles:
 
     def test_alias_at_full_rank_is_adamw(self):
         params, grads = jnp.ones((64, 64)), list(stream(10, (64, 64)))
-        tx = optax_flash.lowrank_adamw(1e-2, 1.0, weight_decay=0.1, codecs=IN_FLOAT32)
+        tx = optax_flash.lowrank_adamw(
+            1e-2, rank=1.0, weight_decay=0.1, codecs=IN_FLOAT32
+        )
         updates, _ = run(tx, grads, params)
         expected, _ = run(optax.adamw(1e-2, weight_decay=0.1), grads, params)
         assert relative_error(np.asarray(updates), np.asarray(expected)) < 1e-4
@@ -427,7 +429,7 @@ class TestComposes:
         """Integers would become arrays: inject what varies, close over the rest."""
 
         def tx(learning_rate, b1):
-            return optax_flash.lowrank_adamw(learning_rate, 8, b1=b1)
+            return optax_flash.lowrank_adamw(learning_rate, rank=8, b1=b1)
 
         injected = optax.inject_hyperparams(tx)(
             optax.linear_schedule(1e-2, 1e-3, 4), b1=0.9
@@ -438,7 +440,7 @@ class TestComposes:
         expected, _ = run(tx(optax.linear_schedule(1e-2, 1e-3, 4), 0.9), grads)
         assert relative_error(np.asarray(updates), np.asarray(expected)) < 1e-4
         with pytest.raises(ValueError, match="rank is"):
-            optax.inject_hyperparams(optax_flash.lowrank_adamw)(1e-2, 8).init(
+            optax.inject_hyperparams(optax_flash.lowrank_adamw)(1e-2, rank=8).init(
                 params_of()
             )
 

@@ -84,7 +84,9 @@ def test_predicates_get_it():
         return seen
 
     def init(alias):
-        return lambda where: jax.eval_shape(alias(0.1, 8, where=where).init, params)
+        return lambda where: jax.eval_shape(
+            alias(0.1, rank=8, where=where).init, params
+        )
 
     takers = {
         "cast_params": lambda keep: optax_flash.cast_params(params, jnp.float16, keep),

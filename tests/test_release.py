@@ -315,7 +315,7 @@ REFUSED = {
         "'blocks/.*an array is reshaped.*not stacked",
     ),
     "low rank": (
-        lambda: optax_flash.lowrank_adamw(1e-3, 4, min_dim=8),
+        lambda: optax_flash.lowrank_adamw(1e-3, rank=4, min_dim=8),
         "'blocks/.*a matrix product.*not stacked",
     ),
     "a norm in the state": (

@@ -46,6 +46,11 @@ def reference(grads, threshold, relative, nesterov, b1=0.9, b2=0.999, eps=1e-8):
     return updates, clipped
 
 
+def unfused(update):
+    """Products and sums in fused loops are rounded once or twice, as XLA likes."""
+    return jax.jit(update, compiler_options={"xla_disable_hlo_passes": "fusion"})
+
+
 def eager(update):
     """Operation by operation: a jitted program has fused multiply-adds in places of its
     own, so that two of them differ in last bits."""
@@ -99,9 +104,9 @@ def test_infinite_threshold_is_adamw_bit_for_bit(relative, nesterov):
 def test_in_codes_infinite_threshold_is_adamw8_bit_for_bit():
     params, grads = make(9), [make(seed) for seed in range(5)]
     updates, states = run(
-        optax_flash.tamed_adamw8(1e-3, threshold=math.inf), grads, params
+        optax_flash.tamed_adamw8(1e-3, threshold=math.inf), grads, params, unfused
     )
-    expected, stock_states = run(optax_flash.adamw8(1e-3), grads, params)
+    expected, stock_states = run(optax_flash.adamw8(1e-3), grads, params, unfused)
     chex.assert_trees_all_equal(updates, expected)
     for name in ("mu", "nu"):
         found = optax.tree.get(states[-1], name)
@@ -192,8 +197,8 @@ def test_one_kernel_for_each_leaf(relative):
         optax_flash.tamed_adamw8(1e-3, threshold=0.5, relative=relative)
     )
     (path,) = optax_flash.explain(tx, params, platform="cuda").paths
-    assert path.implementation == "pallas" and path.params == ("a", "b")
-    assert path.reason == "elementwise"
+    assert path.implementation in ("triton", "pallas") and path.params == ("a", "b")
+    assert path.reason.startswith("elementwise")
 
 
 @RELATIVE

@@ -92,7 +92,11 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _lora_pre() -> Iterator[Condition]:
-    lora_pre, muon = optax_flash.lora_pre_adamw, optax_flash.lora_pre_muon
+    lora_pre = optax_flash.lora_pre_adamw
+
+    def muon(lr: optax.Schedule, *, mask: Any, **options: Any) -> Any:
+        return optax_flash.lora_pre_muon(lr, weight_decay_mask=mask, **options)
+
     in_float32 = dict.fromkeys(FACTORS)
     for name, share in SHARES.items():
         yield _split("lora_pre", f"rank {name}", _factored(lora_pre, rank=share))

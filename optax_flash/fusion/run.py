@@ -15,6 +15,7 @@ from jax.extend import core
 
 from optax_flash.fusion import leaf as leaves
 from optax_flash.fusion import split as splits
+from optax_flash.fusion import untraced
 from optax_flash.fusion.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
 from optax_flash.fusion.moves import moves
 from optax_flash.fusion.program import Program
@@ -95,6 +96,11 @@ def is_dry() -> bool:
     return _dry.get()
 
 
+_step_by_step: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "optax_flash_step_by_step", default=False
+)
+
+
 def is_differentiated() -> bool:
     """Whether derivatives go through the update that is being traced.
 
@@ -153,6 +159,7 @@ def run(
     Raises:
       ValueError: a named implementation does not fit. The message says why not, leaf by
         leaf.
+      TypeError: the update takes values of arrays, and is to be compiled.
     """
     trace = _trace.get()
     if trace is not None:
@@ -160,7 +167,7 @@ def run(
             trace.implementations.add(implementation)
         if trace.is_here():
             return update(trace.start, updates, state, params)
-    if trace is not None or is_dry():
+    if trace is not None or is_dry() or _step_by_step.get():
         start = hashing.start(optax.safe_increment(state.step))
         return update(start, updates, state, params)
 
@@ -189,11 +196,22 @@ def run(
         closed = jax.make_jaxpr(flat)(*operands)
         return closed, structure[0], trace.implementations
 
+    def step_by_step() -> tuple[PyTree, PyTree]:
+        start = hashing.start(optax.safe_increment(state.step))
+        token = _step_by_step.set(True)
+        try:
+            return update(start, updates, state, params)
+        finally:
+            _step_by_step.reset(token)
+
     differentiated = moves(operands)
-    closed, structure, implementations = traced(differentiated)
-    if not differentiated and moves(closed.consts):
-        # By a hyperparameter, for example, that the transformation was made with.
-        closed, structure, implementations = traced(True)
+    try:
+        closed, structure, implementations = traced(differentiated)
+        if not differentiated and moves(closed.consts):
+            # By a hyperparameter, for example, that the transformation was made with.
+            closed, structure, implementations = traced(True)
+    except untraced.ERRORS as error:
+        return untraced.run(step_by_step, error, operands, implementation)
     out_treedef, new_state = structure
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves

@@ -50,6 +50,31 @@ def check_update(kind: type, updates: Any, state: Any, params: Any) -> None:
         )
 
 
+def check_no_dtype(alias: str, name: str, dtype: Any, *fields: str) -> None:
+    """Raises a ValueError where a dtype is asked for of what codes store.
+
+    Args:
+      alias: a function's name, for the message.
+      name: the argument's.
+      dtype: what was given; None asks for nothing.
+      fields: of the state, which the argument is about in optax.
+    """
+    if dtype is None:
+        return
+    codecs = ", ".join(f'"{field}": None' for field in fields)
+    raise ValueError(
+        f"{alias}: {name} is {dtype!r}, but the momentum is stored in codes, and is "
+        f"float32 while it is computed. Leave {name} out. codecs={{{codecs}}} stores "
+        "the momentum in float32."
+    )
+
+
+def check_only(alias: str, name: str, given: Any, only: Any, advice: str) -> None:
+    """Raises a ValueError where an argument has another than its only value."""
+    if given is not only and given != only:
+        raise ValueError(f"{alias}: {name} is {given!r}. {advice}.")
+
+
 def check_params(params: Any, call: str) -> None:
     """Raises a TypeError where an optimizer state stands in the params' place."""
     if holds_state(params):

@@ -72,7 +72,11 @@ def with_boxed_params(extra_args: dict[str, Any], params: PyTree) -> dict[str, A
     def with_boxes(function: Any) -> Any:
         return lambda *args, **kwargs: function(*map(boxed, args), **kwargs)
 
-    return {k: with_boxes(x) if callable(x) else x for k, x in extra_args.items()}
+    def is_function(x: Any) -> bool:
+        # A model may be called, too, but it is a tree.
+        return callable(x) and jax.tree_util.all_leaves([x])
+
+    return {k: with_boxes(x) if is_function(x) else x for k, x in extra_args.items()}
 
 
 def fitted(state: PyTree, params: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
+from optax_flash.fusion import untraced
 from optax_flash.transforms import _shardings
 
 PyTree = Any
@@ -35,6 +36,13 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
         )
         if not leaves or not concrete:
             return init(params)
+        try:
+            return compiled_init(params, leaves)
+        except untraced.ERRORS:
+            # It may still run as it does without us; an update says more.
+            return init(params)
+
+    def compiled_init(params: PyTree, leaves: list[jax.Array]) -> PyTree:
         shardings = _shardings.own(params)
         if shardings is None:
             # A state of zeros does not depend on the params, so jit would not follow.

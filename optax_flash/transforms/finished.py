@@ -1,5 +1,6 @@
 """Finished params: an update that already is the new param."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -9,7 +10,8 @@ _ADVICE = (
     "only optax.apply_updates may use the updates of master_weights. Make it the "
     "outermost transformation: what is chained behind it or wrapped around it belongs "
     "inside, as in master_weights(optax.chain(...)). For updates that are read, "
-    "selected or returned, but never changed, pass finished=False"
+    "selected, returned or measured (as Optimistix's OptaxMinimiser measures them), "
+    "but never changed, pass finished=False"
 )
 
 
@@ -35,8 +37,10 @@ class FinishedParam(metaclass=_Explained):
         be an accumulator of updates, whose sum with a param means nothing.
 
     Raises:
-      TypeError: anything is computed with it, or it is added to an array other than
-        ``old``. The message says what to do.
+      TypeError: anything is computed with it: an operator of :data:`REFUSED` (``abs``,
+        ``-``, ``*``, ``<``, an index and the like), an attribute that arrays have, or a
+        function of NumPy or JAX; or it is added to an array other than ``old``. The
+        message says what to do.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -70,23 +74,16 @@ class FinishedParam(metaclass=_Explained):
     ) -> jax.Array:
         # How NumPy arrays begin what ends in __radd__.
         added = ufunc is np.add and method == "__call__" and inputs[1] is self
-        return self.__radd__(inputs[0]) if added and not kwargs else self._refuse()
+        if added and not kwargs:
+            return self.__radd__(inputs[0])
+        self._refuse(f"numpy.{ufunc.__name__}")
 
     def __repr__(self) -> str:
         return f"<finished param {self._name!r}: {_ADVICE}>"
 
-    def _refuse(self, *args: Any) -> NoReturn:
-        del args
-        raise TypeError(f"Cannot compute with {self!r}.")
+    def _refuse(self, operation: str) -> NoReturn:
+        raise TypeError(f"{operation}: cannot compute with {self!r}.")
 
-    __add__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pos__ = __round__ = _refuse
-    __divmod__ = __rdivmod__ = __invert__ = __and__ = __rand__ = __or__ = _refuse
-    __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = _refuse
-    __rshift__ = __rrshift__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
-    __getitem__ = __len__ = __bool__ = __int__ = __float__ = __array__ = _refuse
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +91,31 @@ class FinishedParam(metaclass=_Explained):
         # own protocols, __jax_array__ among them, must hear that there is none.
         if name.startswith("__"):
             raise AttributeError(name)
-        self._refuse()
+        self._refuse(f".{name}")
+
+
+REFUSED = tuple(
+    f"__{name}__"
+    for name in (
+        "abs add and array bool complex divmod eq float floordiv ge getitem gt "
+        "index int invert iter le len lshift lt matmul mod mul ne neg or pos pow rand "
+        "rdivmod rfloordiv rlshift rmatmul rmod rmul ror round rpow rrshift rshift "
+        "rsub rtruediv rxor sub truediv xor"
+    ).split()
+)
+"""The operators of an array that raise: all but the one that applies an update."""
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: FinishedParam, *args: Any, **kwargs: Any) -> NoReturn:
+        del args, kwargs
+        self._refuse(name.strip("_"))
+
+    return refuse
+
+
+for _name in REFUSED:
+    setattr(FinishedParam, _name, _refusing(_name))
 
 
 def _describe(x: Any) -> str:

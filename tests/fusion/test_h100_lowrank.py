@@ -68,7 +68,7 @@ def collectives(text):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_temporaries_and_kernels(dtype):
     jitted, arguments = lower(
-        optax_flash.lora_pre_adamw(1e-3, RANK), mesh_of(), (None, None), dtype
+        optax_flash.lora_pre_adamw(1e-3, rank=RANK), mesh_of(), (None, None), dtype
     )
     compiled = inspect(jitted, *arguments)
     # Two dense float32 leaves, and what has the size of factors.
@@ -85,7 +85,7 @@ def test_eight_gpus_exchange_no_more_than_factors(devices, spec, kind):
     mesh = mesh_of(devices, ("fsdp", "tp"), kind)
     with jax.set_mesh(mesh):
         jitted, arguments = lower(
-            optax_flash.lora_pre_adamw(1e-3, RANK), mesh, spec, jnp.bfloat16
+            optax_flash.lora_pre_adamw(1e-3, rank=RANK), mesh, spec, jnp.bfloat16
         )
         found = collectives(jitted.lower(*arguments).compile().as_text())
     assert {name for name, _ in found} == {"all-reduce"}
