@@ -97,8 +97,10 @@ def test_commands_exist(page):
     for command in commands(page):
         words = shlex.split(command, comments=True)
         if words[0] == "make":
-            for target in words[1:]:
-                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), command
+            for word in words[1:]:
+                name, assigns, _ = word.partition("=")
+                found = rf"^{re.escape(name)}{' [?]=' if assigns else ':'}"
+                assert re.search(found, makefile, re.M), command
         elif words[0] in ("python", "python3"):
             module = words[1] == "-m"
             script = script_of_module(words[2]) if module else ROOT / words[1]

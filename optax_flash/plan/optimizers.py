@@ -21,13 +21,13 @@ OURS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd4": lambda: optax_flash.sgd4(LEARNING_RATE, 0.9),
     "tamed_adamw8": lambda: optax_flash.tamed_adamw8(threshold=1.0, relative=True),
     "lora_pre_adamw": lambda: optax_flash.lora_pre_adamw(
-        LEARNING_RATE, 0.25, where=_is_inner
+        LEARNING_RATE, rank=0.25, where=_is_inner
     ),
     "lora_pre_muon": lambda: optax_flash.lora_pre_muon(
-        LEARNING_RATE, 0.25, where=_is_inner
+        LEARNING_RATE, rank=0.25, where=_is_inner
     ),
     "lowrank_adamw": lambda: optax_flash.lowrank_adamw(
-        LEARNING_RATE, 0.25, where=_is_inner
+        LEARNING_RATE, rank=0.25, where=_is_inner
     ),
 }
 OPTAX: dict[str, Callable[[], optax.GradientTransformation]] = {

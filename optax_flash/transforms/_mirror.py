@@ -137,9 +137,14 @@ def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
     """
     if _entries(tree, params) is not None:
         return
-    found, expected = leaf_paths(params), leaf_paths(tree)
-    missing = [path for path in expected if path not in set(found)]
-    extra = [path for path in found if path not in set(expected)]
+    found, expected = (leaf_paths(x, is_leaf=_is_masked) for x in (params, tree))
+
+    def among(path: str, prefixes: list[str]) -> bool:
+        # What is masked may stand for a subtree.
+        return any(path == x or path.startswith(f"{x}/") for x in prefixes)
+
+    missing = [x for x in expected if not any(among(path, [x]) for path in found)]
+    extra = [path for path in found if not among(path, expected)]
     if missing:
         difference = f"{missing[0]!r} is missing"
     elif extra:
@@ -234,7 +239,7 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
         own = [x for x, u in zip(entries, leaves, strict=True) if not is_absent(u)]
         # Without a gradient at all, any container of that size would mirror them.
         fits = all(_is_array(x) or is_absent(x) for x in own or entries)
-        known = any(_is_array(x) or isinstance(x, MaskedNode) for x in own or entries)
+        known = any(_is_array(x) or _is_masked(x) for x in own or entries)
         return entries if fits and known else None
 
     nodes, treedef = jax.tree.flatten(
@@ -396,6 +401,10 @@ def _is_array(x: Any) -> bool:
 def is_absent(x: Any) -> bool:
     """Whether a leaf is nothing: None, or what stands for what is masked."""
     return x is None or isinstance(x, MaskedNode)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, MaskedNode)
 
 
 def _name(path: tuple[Key, ...]) -> str:
