@@ -428,7 +428,9 @@ def test_muon_with_factors_is_muon_for_a_constant_gradient_of_low_rank():
         close(updates["k"], np.asarray(expected["k"], np.float64), rtol=2e-2)
 
 
-@pytest.mark.parametrize("make", [scale_by_lora_pre, lambda r: lora_pre_muon(0.1, r)])
+@pytest.mark.parametrize(
+    "make", [scale_by_lora_pre, lambda r: lora_pre_muon(0.1, rank=r)]
+)
 @pytest.mark.parametrize("rank", [0, -1, True, 1.5, 0.0, None])
 def test_bad_ranks(make, rank):
     with pytest.raises(ValueError, match="rank is"):

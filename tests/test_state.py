@@ -112,6 +112,14 @@ class TestCodecs:
         for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
             chex.assert_trees_all_equal(other, state)
 
+    def test_a_pickle_holds_no_hash(self):
+        """Another process has other hashes of strings."""
+        codecs = whole().init(make()).inner_state.codecs
+        before = hash(codecs)
+        other = pickle.loads(pickle.dumps(codecs))
+        assert set(vars(other)) == {"leaves", "tracked", "version"}
+        assert hash(other) == before and other == codecs
+
 
 class TestNoPlaceholders:
     def test_scales_are_those_of_codes(self):

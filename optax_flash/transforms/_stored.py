@@ -75,6 +75,10 @@ class StateCodecs:
         # Every call of a jitted step asks for it.
         return self._hash
 
+    def __reduce__(self) -> Any:
+        # Not the hash, which is another one in another process.
+        return StateCodecs, (self.leaves, self.tracked, self.version)
+
     def __repr__(self) -> str:
         return f"<StateCodecs: {len(self.leaves)} arrays in codes>"
 
