@@ -55,6 +55,32 @@ def like(tree: PyTree, boxed: PyTree) -> PyTree:
     )
 
 
+def taken(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of arrays that takes them in boxes, too.
+
+    Args:
+      tx: whose state has arrays of other shapes than the params', such as factors.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return fitted(tx.init(unboxed(params)), params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new_updates, new_state = tx.update(
+            *map(unboxed, (updates, state, params)), **extra_args
+        )
+        return like(new_updates, updates), like(new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def with_boxed_params(extra_args: dict[str, Any], params: PyTree) -> dict[str, Any]:
     """Extra arguments whose functions of params, such as ``obj_fn``, get them in boxes.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _newton
+from optax_flash.transforms import _boxes, _dtypes, _factors, _init, _mirror, _newton
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -168,7 +168,7 @@ def scale_by_lora_pre(
             dense.count, dense_mu, dense_nu, *map(treedef.unflatten, columns)
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 # Under jit, so that leaves of one shape are traced once.

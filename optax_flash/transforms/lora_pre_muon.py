@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _newton, lora_pre
+from optax_flash.transforms import (
+    _boxes,
+    _dtypes,
+    _factors,
+    _init,
+    _mirror,
+    _newton,
+    lora_pre,
+)
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -150,7 +158,7 @@ def scale_by_lora_pre_muon(
             *map(treedef.unflatten, (mus, lefts, rights))
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 # Under jit, so that leaves of one shape are traced once.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 
-from optax_flash.transforms import _dtypes, _factors, _init, _mirror, _subspace
+from optax_flash.transforms import _boxes, _dtypes, _factors, _init, _mirror, _subspace
 from optax_flash.transforms._factors import Rank, Where
 
 PyTree = Any
@@ -281,7 +281,7 @@ def scale_by_lowrank_adam(
         new_updates = _dtypes.cast_updates(new_updates, updates, params)
         return new_updates, _state(count, updates, [row for _, row in stepped])
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from clients import problem
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
@@ -370,3 +370,41 @@ def test_a_state_whose_floats_were_cast():
                 x.set_value(x[...].astype(jnp.float32))
         with pytest.raises(ValueError, match=r"down/kernel/mu.*scales float32"):
             step(model, optimizer)
+
+
+@pytest.mark.parametrize("names", [("x", None), (None, "x")], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        optax_flash.scale_by_lora_pre,
+        optax_flash.scale_by_lora_pre_muon,
+        optax_flash.scale_by_lowrank_adam,
+    ],
+)
+def test_factors_alone_in_a_stock_optimizer(make, names):
+    """Their rank does not divide over the devices that their param's rows do."""
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+            model = nnx.Linear(
+                64, 128, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0)
+            )
+            optimizer = nnx.Optimizer(model, make(4), wrt=nnx.Param)
+            grads = nnx.grad(lambda model: jnp.sum(model(problem.X) ** 2))(model)
+            for _ in range(2):
+                optimizer.update(model, grads)
+            return jax.device_get(pure(model)), optimizer.opt_state
+
+    one, eight = (
+        jax.make_mesh((n,), ("x",), (AxisType.Auto,), devices=jax.devices()[:n])
+        for n in (1, 8)
+    )
+    expected, _ = run(one)
+    found, state = run(eight)
+    problem.check_close(str(names), found, expected, {"kernel": 0.0}, 1e-4)
+    shards = [
+        x.addressable_shards[0].data.size * 8 == x.size
+        for x in jax.tree.leaves(nnx.as_pure(state))
+    ]
+    assert any(shards)
