@@ -373,13 +373,11 @@ def _ptx(folder, inner, codecs, shape):
     )
     environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder}"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-    texts = [path.read_text() for path in folder.glob("*.ptx")]
-    found = [
-        entry
-        for text in texts
-        for entry in re.split(r"(?=\.visible \.entry)", text)[1:]
-        if "optax_flash" in entry.splitlines()[0]
-    ]
+    found = []
+    for path in folder.glob("*.ptx"):
+        # The head says for which GPU the kernels are.
+        head, *entries = re.split(r"(?=\.visible \.entry)", path.read_text())
+        found += [head + x for x in entries if "optax_flash" in x.splitlines()[0]]
     assert found
     return found[0]
 
