@@ -75,6 +75,15 @@ def difference(ours, stock, start):
     return float(apart / way)
 
 
+def wait(tree):
+    """Until the arrays are there, and returns them.
+
+    Programs on eight virtual devices, two of them under way, may each wait for threads
+    that the other holds.
+    """
+    return jax.block_until_ready(tree)
+
+
 def check_close(client, ours, stock, start, at_most):
     """Prints the figure, which ``pytest -s`` shows."""
     found = difference(ours, stock, start)

@@ -74,7 +74,7 @@ class Levanter:
         step = jax.jit(self.take_step, out_shardings=placed)
         with jax.set_mesh(self.mesh):
             for _ in range(steps):
-                model, state = step(model, state)
+                model, state = problem.wait(step(model, state))
         return model, state
 
 
@@ -186,7 +186,7 @@ def test_equinox(whole, tmp_path):
 
         with jax.set_mesh(mesh):
             for _ in range(steps):
-                model, state = step(model, state)
+                model, state = problem.wait(step(model, state))
         return model, state
 
     def fresh(tx):
@@ -264,7 +264,7 @@ def test_haiku(tmp_path):
 
         with jax.set_mesh(mesh):
             for _ in range(steps):
-                params, state = step(params, state)
+                params, state = problem.wait(step(params, state))
         return params, state
 
     tx, mesh = optax_flash.adamw8(1e-3), problem.mesh()
@@ -329,7 +329,9 @@ class TestKauldron:
         average = params
         with jax.set_mesh(problem.mesh()):
             for _ in range(steps):
-                params, state, norm, average = step(params, state, average)
+                params, state, norm, average = problem.wait(
+                    step(params, state, average)
+                )
         return params, state, norm, average
 
     def chain(self, adam):
@@ -419,7 +421,7 @@ class TestPopulations:
 
         step = mapped(step)
         for _ in range(4):
-            params, state = step(params, state)
+            params, state = problem.wait(step(params, state))
         return params, state
 
     @pytest.mark.parametrize("name", ["vmap", "sharded vmap", "pmap"])
@@ -459,7 +461,7 @@ def test_schedule_free():
             return optax.apply_updates(params, updates), state
 
         for _ in range(8):
-            params, state = step(params, state)
+            params, state = problem.wait(step(params, state))
         assert optax.tree.get(state, "nu")["up"]["kernel"].dtype == nu_dtype
         return optax.contrib.schedule_free_eval_params(state, params)
 

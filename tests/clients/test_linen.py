@@ -102,7 +102,7 @@ class MaxText:
             )
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
             for _ in range(steps):
-                state = self.compiled(state)
+                state = problem.wait(self.compiled(state))
         return state
 
 

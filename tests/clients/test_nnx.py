@@ -59,6 +59,7 @@ def step(model, optimizer):
 def train(model, optimizer, steps):
     for _ in range(steps):
         step(model, optimizer)
+        problem.wait(nnx.state((model, optimizer)))
 
 
 def pure(model):
@@ -394,6 +395,7 @@ def test_factors_alone_in_a_stock_optimizer(make, names):
             grads = nnx.grad(lambda model: jnp.sum(model(problem.X) ** 2))(model)
             for _ in range(2):
                 optimizer.update(model, grads)
+                problem.wait(nnx.state((model, optimizer)))
             return jax.device_get(pure(model)), optimizer.opt_state
 
     one, eight = (

@@ -43,7 +43,7 @@ def stock_run(tx, steps):
     params, step = problem.weights(), stepping(tx)
     state = tx.init(params)
     for _ in range(steps):
-        params, state = step(params, state)
+        params, state = problem.wait(step(params, state))
     return params
 
 
@@ -95,7 +95,7 @@ class EasyDeL:
 
         with jax.set_mesh(self.mesh):
             for _ in range(steps):
-                params, state = step(params, state)
+                params, state = problem.wait(step(params, state))
         return params, state
 
 
