@@ -32,11 +32,6 @@ def state_format(
     """
     _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
     state = jax.eval_shape(lambda p: tx.init(p), params)
-    return format_of(state)
-
-
-def format_of(state: optax.OptState) -> dict[str, Any]:
-    """The same, from what the state itself says."""
     leaves = {entry.name: repr(entry.codec) for entry, _, _ in _inside.stored(state)}
     return {"version": VERSION, "leaves": leaves}
 

@@ -270,16 +270,6 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
     return treedef.unflatten(narrow_nodes), widen
 
 
-def present(tree: PyTree, updates: PyTree) -> list[bool]:
-    """For each leaf of a tree that :func:`narrowed` takes, whether it would stay."""
-    leaves, wide = _with_absent(updates)
-    entries = _flatten_up_to(wide, tree)
-    if entries is None:
-        return [True] * len(jax.tree.leaves(tree))
-    rows = zip(leaves, entries, strict=True)
-    return [not is_absent(u) for u, x in rows for _ in jax.tree.leaves(x)]
-
-
 def check_arrays(params: PyTree, what: str) -> None:
     """Raises a ValueError that names the first leaf which is no array or number."""
     for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
