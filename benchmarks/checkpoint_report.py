@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 import optax_flash
-from optax_flash.numerics import hashing
+from optax_flash.codecs import hashing
 
 LEAVES, SIDE = 8, 2048
 FLIPS = 40

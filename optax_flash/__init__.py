@@ -15,48 +15,46 @@ from optax_flash.aliases import sgd4 as sgd4
 from optax_flash.aliases import sgd8 as sgd8
 from optax_flash.aliases import tamed_adamw8 as tamed_adamw8
 from optax_flash.aliases import trace8 as trace8
-from optax_flash.checkpoint import Checkpoints as Checkpoints
-from optax_flash.convert import from_optax_state as from_optax_state
-from optax_flash.convert import to_optax_state as to_optax_state
-from optax_flash.derivatives import differentiable as differentiable
-from optax_flash.explanation import Explanation as Explanation
-from optax_flash.explanation import explain as explain
-from optax_flash.export import load_safetensors as load_safetensors
-from optax_flash.export import save_safetensors as save_safetensors
-from optax_flash.formats import check_format as check_format
-from optax_flash.formats import state_format as state_format
+from optax_flash.codecs.affine import Affine4 as Affine4
+from optax_flash.codecs.affine import Affine8 as Affine8
+from optax_flash.codecs.base import Codec as Codec
+from optax_flash.codecs.companded import Companded4 as Companded4
+from optax_flash.codecs.companded import Companded8 as Companded8
+from optax_flash.codecs.flashoptim import FlashOptim8 as FlashOptim8
+from optax_flash.codecs.registry import get_codec as get_codec
+from optax_flash.codecs.residual import ExactResidual as ExactResidual
+from optax_flash.codecs.residual import FlashOptimResidual as FlashOptimResidual
+from optax_flash.io.checkpoint import Checkpoints as Checkpoints
+from optax_flash.io.convert import from_optax_state as from_optax_state
+from optax_flash.io.convert import to_optax_state as to_optax_state
+from optax_flash.io.formats import check_format as check_format
+from optax_flash.io.formats import state_format as state_format
+from optax_flash.io.safetensors import load_safetensors as load_safetensors
+from optax_flash.io.safetensors import save_safetensors as save_safetensors
+from optax_flash.lowrank.adam import LowRankAdamState as LowRankAdamState
+from optax_flash.lowrank.adam import scale_by_lowrank_adam as scale_by_lowrank_adam
+from optax_flash.lowrank.lora_pre import ScaleByLoraPreState as ScaleByLoraPreState
+from optax_flash.lowrank.lora_pre import scale_by_lora_pre as scale_by_lora_pre
+from optax_flash.lowrank.lora_pre_muon import (
+    ScaleByLoraPreMuonState as ScaleByLoraPreMuonState,
+)
+from optax_flash.lowrank.lora_pre_muon import (
+    scale_by_lora_pre_muon as scale_by_lora_pre_muon,
+)
 from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw
 from optax_flash.lowrank_aliases import lora_pre_muon as lora_pre_muon
 from optax_flash.lowrank_aliases import lowrank_adamw as lowrank_adamw
-from optax_flash.memory import MemoryReport as MemoryReport
-from optax_flash.memory import memory_report as memory_report
-from optax_flash.numerics.affine import Affine4 as Affine4
-from optax_flash.numerics.affine import Affine8 as Affine8
-from optax_flash.numerics.catalogue import get_codec as get_codec
-from optax_flash.numerics.codecs import Codec as Codec
-from optax_flash.numerics.companded import Companded4 as Companded4
-from optax_flash.numerics.companded import Companded8 as Companded8
-from optax_flash.numerics.flashoptim import FlashOptim8 as FlashOptim8
-from optax_flash.numerics.weights import ExactResidual as ExactResidual
-from optax_flash.numerics.weights import FlashOptimResidual as FlashOptimResidual
-from optax_flash.report import NumericsReport as NumericsReport
-from optax_flash.report import numerics_report as numerics_report
+from optax_flash.reports.explain import Explanation as Explanation
+from optax_flash.reports.explain import explain as explain
+from optax_flash.reports.memory import MemoryReport as MemoryReport
+from optax_flash.reports.memory import memory_report as memory_report
+from optax_flash.reports.numerics import NumericsReport as NumericsReport
+from optax_flash.reports.numerics import numerics_report as numerics_report
 from optax_flash.sharding import state_sharding as state_sharding
 from optax_flash.transforms.compress import CompressState as CompressState
 from optax_flash.transforms.compress import compress as compress
+from optax_flash.transforms.derivatives import differentiable as differentiable
 from optax_flash.transforms.finished import FinishedParam as FinishedParam
-from optax_flash.transforms.lora_pre import ScaleByLoraPreState as ScaleByLoraPreState
-from optax_flash.transforms.lora_pre import scale_by_lora_pre as scale_by_lora_pre
-from optax_flash.transforms.lora_pre_muon import (
-    ScaleByLoraPreMuonState as ScaleByLoraPreMuonState,
-)
-from optax_flash.transforms.lora_pre_muon import (
-    scale_by_lora_pre_muon as scale_by_lora_pre_muon,
-)
-from optax_flash.transforms.lowrank_adam import LowRankAdamState as LowRankAdamState
-from optax_flash.transforms.lowrank_adam import (
-    scale_by_lowrank_adam as scale_by_lowrank_adam,
-)
 from optax_flash.transforms.master_weights import (
     MasterWeightsState as MasterWeightsState,
 )
@@ -64,9 +62,7 @@ from optax_flash.transforms.master_weights import cast_params as cast_params
 from optax_flash.transforms.master_weights import changed_params as changed_params
 from optax_flash.transforms.master_weights import master_params as master_params
 from optax_flash.transforms.master_weights import master_weights as master_weights
-from optax_flash.transforms.master_weights import (
-    set_master_params as set_master_params,
-)
+from optax_flash.transforms.master_weights import set_master_params as set_master_params
 from optax_flash.transforms.tame import TameState as TameState
 from optax_flash.transforms.tame import tame as tame
 

@@ -6,16 +6,13 @@ import jax
 import optax
 
 from optax_flash.aliases import Mask, Scalar, number, rate, with_decay
+from optax_flash.lowrank._factors import Rank, Where, check_rank
+from optax_flash.lowrank.adam import LowRankAdamState, scale_by_lowrank_adam
+from optax_flash.lowrank.lora_pre import DAMPING, scale_by_lora_pre
+from optax_flash.lowrank.lora_pre_muon import NS_COEFFS, scale_by_lora_pre_muon
 from optax_flash.transforms import _mirror
 from optax_flash.transforms._arguments import check_no_dtype, check_only
-from optax_flash.transforms._factors import Rank, Where, check_rank
 from optax_flash.transforms.compress import Codecs, compress
-from optax_flash.transforms.lora_pre import DAMPING, scale_by_lora_pre
-from optax_flash.transforms.lora_pre_muon import NS_COEFFS, scale_by_lora_pre_muon
-from optax_flash.transforms.lowrank_adam import (
-    LowRankAdamState,
-    scale_by_lowrank_adam,
-)
 
 
 def lora_pre_adamw(

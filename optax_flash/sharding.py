@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_flash.numerics import meshes
+from optax_flash import meshes
 from optax_flash.transforms import (
     _arguments,
     _boxes,

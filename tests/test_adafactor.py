@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from optax_flash import compress, master_weights
-from optax_flash.numerics.catalogue import get_codec
+from optax_flash.codecs.registry import get_codec
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
-from optax_flash import compress, master_weights
-from optax_flash.numerics import hashing, meshes
+from optax_flash import compress, master_weights, meshes
+from optax_flash.codecs import hashing
 from optax_flash.transforms import _shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

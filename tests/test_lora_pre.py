@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 from optax_flash import lora_pre_adamw, lora_pre_muon, scale_by_lora_pre
-from optax_flash.transforms import _newton
+from optax_flash.lowrank import _newton
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

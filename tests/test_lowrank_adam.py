@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
-from optax_flash.transforms import _factors, _subspace
+from optax_flash.lowrank import _factors, _subspace
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -13,7 +13,8 @@ import safetensors.numpy
 from flax import nnx
 
 import optax_flash
-from optax_flash import compress, formats
+from optax_flash import compress
+from optax_flash.io import formats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -12,7 +12,8 @@ import pytest
 
 import optax_flash
 from optax_flash import Companded4, Companded8, compress, state_format
-from optax_flash.transforms import _mirror, _rules, lora_pre, lora_pre_muon
+from optax_flash.lowrank import lora_pre, lora_pre_muon
+from optax_flash.transforms import _mirror, _rules
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

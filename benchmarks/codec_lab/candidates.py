@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from optax_flash import Codec
-from optax_flash.numerics import groups, hashing
+from optax_flash.codecs import groups, hashing
 
 SCALE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "power of two": 1}
 

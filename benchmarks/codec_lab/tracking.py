@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_flash.numerics import hashing
+from optax_flash.codecs import hashing
 
 
 class Tracked(NamedTuple):

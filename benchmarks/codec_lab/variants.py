@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_flash import Codec, Companded4
-from optax_flash.numerics.catalogue import CODECS
-from optax_flash.numerics.curves import CURVES
+from optax_flash.codecs.curves import CURVES
+from optax_flash.codecs.registry import CODECS
 
 from . import candidates
 from .candidates import Library, Table

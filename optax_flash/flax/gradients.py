@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_flash.numerics import meshes
+from optax_flash import meshes
 
 
 def placed(grads: Any, params: Any) -> Any:

@@ -18,8 +18,8 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from optax_flash.numerics import arithmetic, groups, hashing
-from optax_flash.numerics.codecs import Codec
+from optax_flash.codecs import arithmetic, groups, hashing
+from optax_flash.codecs.base import Codec
 
 
 @dataclasses.dataclass

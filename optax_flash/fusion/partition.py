@@ -27,9 +27,9 @@ from jax.experimental.custom_partitioning import (
 from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from optax_flash import meshes
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Place, Shard
-from optax_flash.numerics import meshes
 
 Programs = tuple[Program, ...]
 Kernel = Callable[[list[Shard]], list[list[jax.Array]]]

@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from optax_flash.codecs.base import Codec
+from optax_flash.fusion.jaxprs import CASTS, constant
 from optax_flash.fusion.ops import Decode, Encode, Op, Round, Tile, op_p
-from optax_flash.fusion.slices import CASTS, constant
-from optax_flash.numerics.codecs import Codec
 
 
 class Role(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optax_flash.fusion.slices import casts_of, scalar_casts
+from optax_flash.fusion.jaxprs import casts_of, scalar_casts
 
 
 def with_reciprocals(jaxpr: core.Jaxpr) -> core.Jaxpr:

@@ -16,10 +16,10 @@ from jax.extend import core
 
 from optax_flash.fusion import program as programs
 from optax_flash.fusion.inline import inline
+from optax_flash.fusion.jaxprs import casts_of, jaxpr_of, scalar_casts, slice_equations
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.reciprocals import with_reciprocals
-from optax_flash.fusion.slices import casts_of, jaxpr_of, scalar_casts, slice_equations
 
 
 class Leaf(NamedTuple):

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_flash.codecs import groups
+from optax_flash.codecs.base import Codec
 from optax_flash.fusion.program import Program, Role
-from optax_flash.numerics import groups
-from optax_flash.numerics.codecs import Codec
 
 
 class Place(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.numerics import weights
+from optax_flash.codecs import residual as residuals
 from optax_flash.plan import activations, models, optimizers, shards
 from optax_flash.plan.devices import DEVICES, Device
 from optax_flash.plan.names import look_up
@@ -179,7 +179,7 @@ def plan(
     for leaf in jax.tree.leaves(job.params):
         # Whole numbers, of which there may be some among the params, stay as they are.
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if bits and floating and leaf.dtype not in weights.SPLIT_DTYPES:
+        if bits and floating and leaf.dtype not in residuals.SPLIT_DTYPES:
             raise ValueError(
                 f"plan: {bits} bits are kept in bfloat16 or float16 params and a "
                 f"residual, not in {leaf.dtype}. Pass bits=None or another param_dtype."

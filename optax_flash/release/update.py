@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from optax_flash.fusion import leaf as fused
+from optax_flash.fusion import fuse
+from optax_flash.fusion import primitive as fused
 from optax_flash.fusion import program as programs
-from optax_flash.fusion import run
-from optax_flash.fusion.choose import SMALL
+from optax_flash.fusion.backends.choose import SMALL
 from optax_flash.fusion.inline import inline
+from optax_flash.fusion.jaxprs import constant, jaxpr_of, slice_equations
 from optax_flash.fusion.ops import Decode, Elementwise, Tile, Within, op_p
-from optax_flash.fusion.slices import constant, jaxpr_of, slice_equations
 from optax_flash.transforms import _mirror
 
 PyTree = Any
@@ -312,7 +312,7 @@ def evaluate(
             (program,) = eqn.params["programs"]
             by_implementation.setdefault(name, []).append((eqn, program))
         for name, fitting in by_implementation.items():
-            for batch in run.batches(fitting, sliced=index is not None):
+            for batch in fuse.batches(fitting, sliced=index is not None):
                 results = fused.update(
                     tuple(program for _, program in batch),
                     name,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.numerics import meshes
+from optax_flash import meshes
 from optax_flash.transforms import _mirror, _shardings
 
 PyTree = Any

@@ -12,7 +12,7 @@ import jax.core
 import optax
 from jax.extend import core
 
-from optax_flash.fusion import run
+from optax_flash.fusion import fuse
 from optax_flash.fusion.program import CALLS
 from optax_flash.transforms import _init, _mirror
 
@@ -50,7 +50,7 @@ def frozen(tx: optax.GradientTransformation, params: PyTree) -> list[bool]:
         return structure.flatten_up_to(tx.update(grads, state, params)[0])
 
     try:
-        with run.dry():
+        with fuse.dry():
             closed = jax.make_jaxpr(updates)(shapes, state, shapes)
     except Exception:
         # It raises again where it is called, if that is without its arguments, too.

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_flash.numerics.catalogue import get_codec
-from optax_flash.numerics.codecs import Codec
-from optax_flash.numerics.companded import Companded8
-from optax_flash.numerics.flashoptim import FlashOptim8
+from optax_flash.codecs.base import Codec
+from optax_flash.codecs.companded import Companded8
+from optax_flash.codecs.flashoptim import FlashOptim8
+from optax_flash.codecs.registry import get_codec
 from optax_flash.transforms import _mirror
 
 PyTree = Any

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_flash.numerics import meshes
-from optax_flash.transforms import _factors, _mirror
+from optax_flash import meshes
+from optax_flash.lowrank import _factors
+from optax_flash.transforms import _mirror
 
 PyTree = Any
 

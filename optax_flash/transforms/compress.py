@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_flash.fusion import ops, run
-from optax_flash.numerics import hashing
-from optax_flash.numerics.codecs import Codec
-from optax_flash.transforms import (
-    _arguments,
-    _boxes,
-    _dtypes,
-    _feedback,
-    _init,
-    _mirror,
-    _rounding,
-)
+from optax_flash.codecs import hashing
+from optax_flash.codecs.base import Codec
+from optax_flash.fusion import error_feedback as feedbacks
+from optax_flash.fusion import fuse, ops, rounding
+from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._rules import (
     FACTOR_FIELDS,
@@ -157,7 +150,7 @@ def compress(
     """
     inner = with_extra_args(inner)
     rules = Rules.parse(codecs, min_size)
-    run.check_implementation(implementation)
+    fuse.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "compress")
@@ -222,9 +215,9 @@ def compress(
                 return new_updates, _dtypes.kept(new_state, inner_state)
 
             momenta = _momenta(bundles, error_feedback)
-            carries = state.carried is not None or run.is_differentiated()
-            zero = _rounding.zero_of(state.step)
-            new_updates, inner_state, feedback = _feedback.with_feedback(
+            carries = state.carried is not None or fuse.is_differentiated()
+            zero = rounding.zero_of(state.step)
+            new_updates, inner_state, feedback = feedbacks.with_feedback(
                 inner_update, inner_state, momenta, zero, carries
             )
             new_state, stored, momenta = _encode(
@@ -240,13 +233,13 @@ def compress(
             )
             if params is not None:
                 _mirror.check_shapes(new_updates, params, "compress: the update")
-            new_updates = _rounding.apart(
+            new_updates = rounding.apart(
                 lambda: _corrected(new_updates, feedback.gains(stored), momenta, zero),
                 zero,
             )()
             return _dtypes.cast_updates(new_updates, updates, params), new_state
 
-        new_updates, new_state = run.run(
+        new_updates, new_state = fuse.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
         return (
@@ -449,7 +442,7 @@ errors of small elements are not made up for, and add up.
 
 def _corrected(
     updates: PyTree,
-    gains: dict[int, dict[int, _feedback.Gain]],
+    gains: dict[int, dict[int, feedbacks.Gain]],
     momenta: dict[int, dict[int, _Rounded]],
     zero: jax.Array,
 ) -> PyTree:
@@ -457,7 +450,7 @@ def _corrected(
 
     Corrections are exact where gains are the same for all elements. Others are
     estimates: with them an update is at most twice as large as the largest one of its
-    group without. ``zero`` is that of :func:`_rounding.zero_of`.
+    group without. ``zero`` is that of :func:`rounding.zero_of`.
     """
     leaves, treedef = jax.tree.flatten(updates)
     exact: dict[int, Any] = {}
@@ -472,17 +465,17 @@ def _corrected(
                 codec, before = estimated.get(i, (codec, 0.0))
                 estimated[i] = codec, before + correction
     for i, (codec, correction) in estimated.items():
-        update = _rounding.alone(leaves[i], zero)
+        update = rounding.alone(leaves[i], zero)
         (leaves[i],) = ops.Within(AT_MOST, codec.group)(update + correction, update)
     for i, correction in exact.items():
-        leaves[i] = _rounding.alone(leaves[i], zero) + correction
+        leaves[i] = rounding.alone(leaves[i], zero) + correction
     return treedef.unflatten(leaves)
 
 
 def _encode(
     rules: Rules,
     bundles: list[_Bundle],
-    feedback: _feedback.Feedback,
+    feedback: feedbacks.Feedback,
     inner_state: PyTree,
     updates: PyTree,
     start: jax.Array,
@@ -504,7 +497,7 @@ def _encode(
     scales, rebuild = _scales(old, fields, updates)
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
-    most_of = _rounding.apart(_most, zero)
+    most_of = rounding.apart(_most, zero)
     for name, i, of_param, codecs, shape, _, old_arrays in bundles:
         arrays = [_dtypes.as_dtype(values[j][i], np.float32) for j in of_param]
         fed = [n for n, j in enumerate(of_param) if i in feedback.fed.get(j, ())]

@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_flash.fusion import ops, run
-from optax_flash.numerics import hashing, weights
-from optax_flash.transforms import (
-    _arguments,
-    _boxes,
-    _dtypes,
-    _frozen,
-    _init,
-    _mirror,
-)
+from optax_flash.codecs import hashing
+from optax_flash.codecs import residual as residuals
+from optax_flash.fusion import fuse, ops
+from optax_flash.transforms import _arguments, _boxes, _dtypes, _frozen, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._stored import StateCodecs, Stored
 from optax_flash.transforms.finished import FinishedParam
@@ -136,8 +130,8 @@ def master_weights(
       "param remainders" of NVIDIA's TransformerEngine.
     """
     inner = with_extra_args(inner)
-    residual_codec = weights.get_residual_codec(codec, bits)
-    run.check_implementation(implementation)
+    residual_codec = residuals.get_residual_codec(codec, bits)
+    fuse.check_implementation(implementation)
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "master_weights")
@@ -145,7 +139,7 @@ def master_weights(
         params = _boxes.unboxed(boxed)
         leaves = jax.tree.leaves(params)
         frozen = [False] * len(leaves)
-        if any(map(weights.is_split, leaves)):
+        if any(map(residuals.is_split, leaves)):
             frozen = _frozen.frozen(inner, params)
 
         @_init.compiled
@@ -195,7 +189,7 @@ def master_weights(
         _check_state(residual_codec, state, params)
         codecs = state.codecs
         state, widen = _mirror.narrow(state, updates)
-        emit_params = finished and not run.is_dry()
+        emit_params = finished and not fuse.is_dry()
         paths = _mirror.leaf_paths(updates)
         structure = jax.tree.structure(updates)
 
@@ -238,7 +232,7 @@ def master_weights(
                 codecs=codecs,
             )
 
-        new_updates, new_state = run.run(
+        new_updates, new_state = fuse.run(
             step_all,
             updates,
             state,
@@ -288,7 +282,7 @@ def cast_params(
 
     def cast(path: str, p: jax.Array) -> jax.Array:
         is_float32 = getattr(p, "dtype", None) == jnp.float32
-        stays = dtype not in weights.SPLIT_DTYPES or not is_float32
+        stays = dtype not in residuals.SPLIT_DTYPES or not is_float32
         if stays or (keep_float32 and keep_float32(path, p)):
             return p
         return ops.Elementwise(_param_of, dtype, _cast)(p)[0]
@@ -411,7 +405,7 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
 
 def _any_split(params: PyTree) -> bool:
     return any(
-        hasattr(p, "dtype") and weights.is_split(p) for p in jax.tree.leaves(params)
+        hasattr(p, "dtype") and residuals.is_split(p) for p in jax.tree.leaves(params)
     )
 
 
@@ -424,7 +418,7 @@ def _join(params: PyTree, residual: PyTree) -> PyTree:
 
 
 def _join_leaf(param: Any, residual: Any) -> Any:
-    if not weights.is_split(param):
+    if not residuals.is_split(param):
         return param
     if not hasattr(residual, "dtype"):
         return _init.like_float32(param)
@@ -436,7 +430,7 @@ def _join_arrays(
     static: None, param: jax.Array, residual: jax.Array
 ) -> tuple[jax.Array]:
     del static
-    return (weights.codec_of(residual).join(param, residual),)
+    return (residuals.codec_of(residual).join(param, residual),)
 
 
 def _join_smoothly(
@@ -447,7 +441,7 @@ def _join_smoothly(
 
 
 def _residual_leaf(weight: Any, param: Any, residual: Any) -> Any:
-    if not weights.is_split(param) or not hasattr(residual, "dtype"):
+    if not residuals.is_split(param) or not hasattr(residual, "dtype"):
         return residual
     return _residual_array(weight, param, residual)
 
@@ -457,15 +451,15 @@ def _residual_array(
     weight: jax.Array, param: jax.Array, residual: jax.Array
 ) -> jax.Array:
     weight = weight.astype(jnp.float32)
-    return weights.codec_of(residual).residual(weight, param)
+    return residuals.codec_of(residual).residual(weight, param)
 
 
 def _param_of(dtype: np.dtype, weight: jax.Array) -> tuple[jax.Array]:
-    return (weights.ExactResidual(bits=32).split(weight, dtype)[0],)
+    return (residuals.ExactResidual(bits=32).split(weight, dtype)[0],)
 
 
 def _step_leaf(
-    codec: weights.ResidualCodec,
+    codec: residuals.ResidualCodec,
     finished: bool,
     start: jax.Array,
     path: str,
@@ -491,7 +485,7 @@ def _step_leaf(
       make of the update.
     """
     dtype = _dtypes.wider(grad, param)
-    if not weights.is_split(param) or not hasattr(residual, "dtype"):
+    if not residuals.is_split(param) or not hasattr(residual, "dtype"):
         if not finished and jnp.issubdtype(grad.dtype, jnp.inexact):
             (update,) = ops.Elementwise(_as_dtype, dtype, _cast)(update)
         new = _applied(param, update)
@@ -516,7 +510,7 @@ def _applied(param: Any, update: Any) -> Any:
 
 
 def _finish(
-    codec: weights.ResidualCodec,
+    codec: residuals.ResidualCodec,
     bits: jax.Array,
     param: jax.Array,
     residual: jax.Array,
@@ -528,7 +522,7 @@ def _finish(
 
 
 def _finish_smoothly(
-    codec: weights.ResidualCodec,
+    codec: residuals.ResidualCodec,
     param: jax.Array,
     residual: jax.Array,
     update: jax.Array,
@@ -539,7 +533,7 @@ def _finish_smoothly(
 
 
 def _add(
-    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
+    codec_and_dtype: tuple[residuals.ResidualCodec, np.dtype],
     bits: jax.Array,
     param: jax.Array,
     residual: jax.Array,
@@ -552,12 +546,12 @@ def _add(
     target, _ = codec.split(weight, param.dtype, bits)
     old = param.astype(jnp.float32)
     update = _rounded(target.astype(jnp.float32) - old, dtype)
-    produced = weights.round_to(old + update, param.dtype)
+    produced = residuals.round_to(old + update, param.dtype)
     return update.astype(dtype), produced, codec.residual(weight, produced, bits)
 
 
 def _add_smoothly(
-    codec_and_dtype: tuple[weights.ResidualCodec, np.dtype],
+    codec_and_dtype: tuple[residuals.ResidualCodec, np.dtype],
     param: jax.Array,
     residual: jax.Array,
     update: jax.Array,
@@ -581,24 +575,26 @@ def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     In integers: XLA may leave out a rounding between two casts, and an update that
     leaves the compiled function would then not be the one computed with.
     """
-    if dtype not in weights.SPLIT_DTYPES:
+    if dtype not in residuals.SPLIT_DTYPES:
         return x
-    return weights.round_to(x, dtype).astype(x.dtype)
+    return residuals.round_to(x, dtype).astype(x.dtype)
 
 
-def _zero_residual(codec: weights.ResidualCodec, param: jax.Array, frozen: bool) -> Any:
-    if not weights.is_split(param) or frozen:
+def _zero_residual(
+    codec: residuals.ResidualCodec, param: jax.Array, frozen: bool
+) -> Any:
+    if not residuals.is_split(param) or frozen:
         return optax.MaskedNode()
     return jnp.zeros_like(param, dtype=codec.dtype)
 
 
 def _codecs(
-    codec: weights.ResidualCodec, params: PyTree, frozen: list[bool]
+    codec: residuals.ResidualCodec, params: PyTree, frozen: list[bool]
 ) -> StateCodecs:
     """How the params' residuals are stored, and which params a digest is of."""
     rows = zip(_mirror.leaf_paths(params), jax.tree.leaves(params), frozen, strict=True)
     moving = [(path, p) for path, p, is_frozen in rows if not is_frozen]
-    split = [(path, p) for path, p in moving if weights.is_split(p)]
+    split = [(path, p) for path, p in moving if residuals.is_split(p)]
     return StateCodecs(
         tuple(
             Stored(path, "residual", codec, p.shape, codec.dtype, i)
@@ -666,7 +662,7 @@ def _find_state(state: optax.OptState) -> MasterWeightsState:
 
 
 def _check_state(
-    codec: weights.ResidualCodec | None, state: MasterWeightsState, params: PyTree
+    codec: residuals.ResidualCodec | None, state: MasterWeightsState, params: PyTree
 ) -> None:
     """Raises where state and params do not belong together; names the leaf."""
     if not isinstance(state, MasterWeightsState):
@@ -683,7 +679,7 @@ def _check_state(
         strict=True,
     )
     for path, p, r in triples:
-        if not weights.is_split(p):
+        if not residuals.is_split(p):
             continue
         if not hasattr(r, "dtype"):
             if path in state.codecs.tracked:
@@ -699,7 +695,7 @@ def _check_state(
                 f"{list(r.shape)}. Pass the params that the state was made for; after "
                 "changing the model call init again."
             )
-        dtype = weights.codec_of(r).dtype if codec is None else codec.dtype
+        dtype = residuals.codec_of(r).dtype if codec is None else codec.dtype
         if r.dtype != dtype:
             raise ValueError(
                 f"master_weights: {path!r} is {p.dtype}{list(p.shape)}, which takes a "

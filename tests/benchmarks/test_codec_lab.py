@@ -253,7 +253,7 @@ def test_tracking_against_a_plain_loop(rounding):
     tracked = track(codec, start, grads, jnp.float32(0.9), **settings)
 
     def store(x, old, step):
-        hashing = optax_flash.numerics.hashing
+        hashing = optax_flash.codecs.hashing
         bits = hashing.bits(hashing.fold(step, hashing.salt("m")), x.shape)
         arguments = {
             "nearest": [None],

@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_flash
-from optax_flash.fusion import triton
+from optax_flash.fusion.backends import jax_triton
 
 FOLDER = pathlib.Path(__file__).parent
 TARGETS = {"h100": "sm_90a", "b200": "sm_100a"}
@@ -130,7 +130,7 @@ def inspect(jitted, *args):
 def _recorded():
     """A list that gets the PTX of all that jax-triton compiles in the context."""
     found = []
-    if triton.absent():
+    if jax_triton.absent():
         yield found
         return
     from jax_triton import triton_lib
@@ -143,7 +143,7 @@ def _recorded():
         return result
 
     # jax-triton keeps what it has compiled, by the kernel.
-    triton.kernel.cache_clear()
+    jax_triton.kernel.cache_clear()
     triton_lib.compile_ttir_inplace = spy
     try:
         yield found

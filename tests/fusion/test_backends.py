@@ -13,10 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 from jax.interpreters import ad
 
 import optax_flash
-from optax_flash.fusion import gpu, pallas, run, triton
-from optax_flash.fusion.choose import choose, misfit
+from optax_flash.fusion import fuse
+from optax_flash.fusion.backends import gpu, jax_triton, pallas_triton
+from optax_flash.fusion.backends.choose import choose, misfit
+from optax_flash.fusion.backends.triton_source import KNOWN, Unsupported, Writer
 from optax_flash.fusion.program import ELEMENTWISE
-from optax_flash.fusion.triton_source import KNOWN, Unsupported, Writer
 
 # These are no primitives, or none that reaches a backend.
 DROPPED = {"copy", "copy_p", "stop_gradient"}
@@ -67,7 +68,7 @@ def pallas_lowers(name, dtype):
 
     def kernel_call(x):
         types = [jax.core.ShapedArray(x.shape, x.dtype)]
-        around = functools.partial(pallas.compiling, gpu.PRESUMED)
+        around = functools.partial(pallas_triton.compiling, gpu.PRESUMED)
         return gpu.call(lambda x: [call(x)], [x], types, around)
 
     try:
@@ -84,10 +85,10 @@ def test_what_pallas_lacks_is_known_exactly():
         eqns = jax.make_jaxpr(primitive_as_function(name))(x).eqns
         assert eqns[-1].primitive.name == name
     lacking = {name for name in names if not pallas_lowers(name, jnp.float32)}
-    assert lacking == pallas.UNSUPPORTED
+    assert lacking == pallas_triton.UNSUPPORTED
     for dtype in (jnp.bfloat16, jnp.float16):
         narrow = {name for name in names if not pallas_lowers(name, dtype)}
-        assert narrow - lacking == pallas.UNSUPPORTED_IN_16_BITS
+        assert narrow - lacking == pallas_triton.UNSUPPORTED_IN_16_BITS
 
 
 def test_the_triton_backend_knows_every_elementwise_primitive():
@@ -113,7 +114,7 @@ def momentum(function):
 def program_of(tx, shape=(512, 512), dtype=jnp.float32):
     params = jax.ShapeDtypeStruct(shape, dtype)
     state = jax.eval_shape(tx.init, params)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(tx.update, params, state, params)
     ((leaf, _),) = leaves
     return leaf.program
@@ -130,7 +131,7 @@ def program_of(tx, shape=(512, 512), dtype=jnp.float32):
     ids=["tanh", "round", "round_in_a_call", "div_in_16_bits"],
 )
 def test_what_pallas_lacks_is_left_to_xla(function, reason, monkeypatch):
-    monkeypatch.setattr(triton, "absent", lambda: "jax-triton is not installed")
+    monkeypatch.setattr(jax_triton, "absent", lambda: "jax-triton is not installed")
 
     def in_float32(x):
         return function(x).astype(jnp.float32)
@@ -153,7 +154,7 @@ def test_a_missing_package_is_a_reason(monkeypatch):
 def test_what_has_no_form_in_triton_is_a_reason(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     program = program_of(optax_flash.compress(optax.adam(1e-3)))
-    assert triton.reason(program) is None
+    assert jax_triton.reason(program) is None
     x = jax.ShapeDtypeStruct((4, 32), jnp.float32)
     for function in (lambda x: lax.cumsum(x, 1), lambda x: x.max(0), lambda x: x[:, 1]):
         with pytest.raises(Unsupported):

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import optax_flash
-from optax_flash.fusion import choose, run, triton
-from optax_flash.fusion import gpu as gpus
+from optax_flash.fusion import fuse
+from optax_flash.fusion.backends import choose, jax_triton
+from optax_flash.fusion.backends import gpu as gpus
 
 H100 = gpus.Gpu("NVIDIA H100", 90)
 
@@ -21,7 +22,7 @@ def program_fixture():
     params = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     tx = optax_flash.compress(optax.adam(1e-3))
     state = jax.eval_shape(tx.init, params)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(tx.update, params, state, params)
     ((leaf, _),) = leaves
     return leaf.program
@@ -30,7 +31,7 @@ def program_fixture():
 @pytest.fixture(name="installed")
 def installed_fixture(monkeypatch):
     """jax-triton and JAX's CUDA plugin, as far as one can see from outside."""
-    monkeypatch.setattr(triton, "absent", lambda: None)
+    monkeypatch.setattr(jax_triton, "absent", lambda: None)
 
 
 def without_module(monkeypatch, missing):
@@ -52,7 +53,7 @@ def test_pallas_comes_where_jax_triton_is_absent(program, monkeypatch):
 
 
 def test_xla_comes_where_both_are(program, monkeypatch):
-    monkeypatch.setattr(triton, "absent", lambda: "jax-triton is not installed")
+    monkeypatch.setattr(jax_triton, "absent", lambda: "jax-triton is not installed")
     without_module(monkeypatch, "jax.experimental.pallas.triton")
     name, reason = choose.choose(program, None, "cuda", H100)
     assert name == "xla"
@@ -75,7 +76,7 @@ def test_an_unknown_gpu_gets_xla(program):
 def test_jax_triton_without_the_cuda_plugin_is_absent(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("jaxlib.gpu_triton", types.ModuleType("gpu_triton"))
-    assert "CUDA plugin" in triton.absent()
+    assert "CUDA plugin" in jax_triton.absent()
 
 
 def test_jax_triton_that_does_not_import_is_absent(monkeypatch):
@@ -84,7 +85,7 @@ def test_jax_triton_that_does_not_import_is_absent(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("jaxlib.gpu_triton", plugin)
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert "cannot be imported" in triton.absent()
+    assert "cannot be imported" in jax_triton.absent()
 
 
 def test_the_abstract_device_says_what_to_compile_for():
@@ -113,7 +114,7 @@ def test_a_step_is_exported_where_its_gpu_is_named():
     params = jnp.ones((128, 64))
     state = tx.init(params)
     device = AbstractDevice("NVIDIA H100", None, "gpu")
-    target = "triton_kernel_call" + ("_ffi" if triton.takes_references() else "")
+    target = "triton_kernel_call" + ("_ffi" if jax_triton.takes_references() else "")
     allowed = jax.export.DisabledSafetyCheck.custom_call(target)
 
     def export(checks):

@@ -20,7 +20,7 @@ import optax_flash
 import optax_flash.flax
 from examples.common.optimizers import make_optimizer
 from examples.lm.model import GPT, GPTConfig
-from optax_flash.fusion import run
+from optax_flash.fusion import fuse
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from h100 import (  # noqa: E402
@@ -388,7 +388,7 @@ def _narrow_operands(inner, codecs):
     tx = optax_flash.master_weights(optax_flash.compress(inner, codecs))
     params = matrix((256, 256))
     state = jax.eval_shape(tx.init, params)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         # Only the state: params that are done are no results of a function.
         jax.make_jaxpr(lambda *args: tx.update(*args)[1])(params, state, params)
     (leaf, _), *_ = leaves

@@ -11,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
-from optax_flash.fusion import mosaic, run
-from optax_flash.fusion.choose import choose
+from optax_flash.fusion import fuse
+from optax_flash.fusion.backends import mosaic_tpu
+from optax_flash.fusion.backends.choose import choose
 from optax_flash.fusion.program import whole
 from optax_flash.fusion.tiles import Place, Shard
 
@@ -50,7 +51,7 @@ def program_of(tx, shape, bits=None, codec="companded8"):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(step, params, jax.eval_shape(tx.init, params), params)
     ((leaf, _),) = leaves
     return leaf.program
@@ -81,7 +82,7 @@ def on_tpu(program, operands, shape=None, offsets=None):
 
     def run(*operands):
         shard = Shard(program, place, shape, list(operands))
-        return mosaic.update([shard], interpret=True)[0]
+        return mosaic_tpu.update([shard], interpret=True)[0]
 
     return jit(run)(*operands)
 
@@ -97,7 +98,7 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize(["shape", "bits", "codec"], CASES, ids=str)
 def test_equals_xla_on_any_shape(shape, bits, codec):
     program = program_of(optax.adamw(1e-2), shape, bits, codec)
-    assert mosaic.reason(program) is None
+    assert mosaic_tpu.reason(program) is None
     operands = operands_of(program)
     expected = jit(whole(program))(*operands)
     assert_same_bits(on_tpu(program, operands), expected)
@@ -106,7 +107,7 @@ def test_equals_xla_on_any_shape(shape, bits, codec):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_xla_for_any_optimizer(name):
     program = program_of(OPTIMIZERS[name](), (9, 300), 24)
-    assert mosaic.reason(program) is None
+    assert mosaic_tpu.reason(program) is None
     operands = operands_of(program)
     expected = jit(whole(program))(*operands)
     assert_same_bits(on_tpu(program, operands), expected)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_flash
-from optax_flash.fusion import run
+from optax_flash.fusion import fuse
 from optax_flash.fusion.program import flat_equations
 
 SHAPE = (64, 128)
@@ -24,7 +24,7 @@ def params_of(*names, shape=SHAPE, dtype=jnp.float32):
 
 def leaves_of(tx, params):
     """The leaves into which an update is cut."""
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
     return [leaf for leaf, _ in leaves]
 

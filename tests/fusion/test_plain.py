@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import optax_flash
-from optax_flash.fusion import cpu, partition, plain, run
+from optax_flash.fusion import fuse, partition
+from optax_flash.fusion.backends import cpu, xla
 from optax_flash.fusion.program import whole
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -19,13 +20,13 @@ NO_FUSION = {"xla_disable_hlo_passes": "fusion"}
 jit = functools.partial(jax.jit, compiler_options=NO_FUSION)
 
 
-@pytest.mark.parametrize("update", [plain.update, cpu.update], ids=["plain", "cpu"])
+@pytest.mark.parametrize("update", [xla.update, cpu.update], ids=["plain", "cpu"])
 @pytest.mark.parametrize("codec", ["companded8", "companded4", "affine8"])
 def test_slices_equal_the_whole(codec, update):
     params = jnp.zeros((3, 40, 50), jnp.bfloat16)
     tx = optax_flash.master_weights(optax_flash.compress(optax.adamw(1e-2), codec))
     state = jax.jit(tx.init)(params)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.make_jaxpr(lambda s, p: tx.update(p, s, p)[1])(state, params)
     ((leaf, _),) = leaves
     program = leaf.program

@@ -17,13 +17,14 @@ import pytest
 from jax import lax
 
 import optax_flash
-from optax_flash.fusion import gpu as gpus
-from optax_flash.fusion import run, triton
-from optax_flash.fusion.plan import plan
+from optax_flash.fusion import fuse
+from optax_flash.fusion.backends import gpu as gpus
+from optax_flash.fusion.backends import jax_triton as backend
+from optax_flash.fusion.backends.triton_source import HEADER, Writer
+from optax_flash.fusion.backends.tuning import DEFAULT, Config
+from optax_flash.fusion.launch import plan
 from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Place, Shard
-from optax_flash.fusion.triton_source import HEADER, Writer
-from optax_flash.fusion.tuning import DEFAULT, Config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from equality import OPTIMIZERS  # noqa: E402
@@ -76,7 +77,7 @@ CASES = {
 def programs(tx, params):
     """The programs of an optimizer, one for each leaf."""
     state = jax.eval_shape(tx.init, params)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(lambda *args: tx.update(*args)[1], params, state, params)
     return [leaf.program for leaf, _ in leaves if leaf.program]
 
@@ -139,7 +140,7 @@ def interpret(text, grid, arrays, **replaced):
 
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
-        kernel = triton.kernel.__wrapped__(text)
+        kernel = backend.kernel.__wrapped__(text)
         kernel.fn.__globals__.update(replaced)
         with np.errstate(all="ignore"):
             kernel[(grid,)](*map(Buffer, arrays))
@@ -163,7 +164,7 @@ def fast_reductions(monkeypatch):
 
 
 def update(shards, config=DEFAULT):
-    """What ``triton.update`` computes, by the interpreter."""
+    """What ``backend.update`` computes, by the interpreter."""
     planned = plan(shards, config)
     arrays = [np.array(x) for x in planned.operands]
     donors = {result: operand for operand, result in planned.aliases.items()}
@@ -172,9 +173,9 @@ def update(shards, config=DEFAULT):
         for i, x in enumerate(planned.results)
     ]
     # What is overwritten is one parameter, or two of the same memory.
-    once = triton.takes_references()
+    once = backend.takes_references()
     passed = [x for i, x in enumerate(results) if not (once and i in donors)]
-    interpret(triton.source(planned, once), planned.starts[-1], arrays + passed)
+    interpret(backend.source(planned, once), planned.starts[-1], arrays + passed)
     return planned.by_leaf(results)
 
 
@@ -351,7 +352,7 @@ def test_every_primitive_means_what_it_does_in_xla(dtype):
 def compiled(monkeypatch):
     """A list that gets the PTX of every kernel that is compiled, for H100s."""
     library = jax_triton.triton_lib
-    triton.kernel.cache_clear()
+    backend.kernel.cache_clear()
     found = []
     compile_ = library.compile_ttir_inplace
 
@@ -375,7 +376,7 @@ def compile_for_cuda(tx, shape, dtype):
     ]
 
     def run_kernel(*operands):
-        (results,) = triton.update([whole_leaf(program, operands)], DEFAULT, H100)
+        (results,) = backend.update([whole_leaf(program, operands)], DEFAULT, H100)
         return results
 
     return program, lower_for_cuda(run_kernel, *operands).as_text()
@@ -419,12 +420,12 @@ def test_ptx_of_other_shapes_has_no_local_memory(compiled, shape):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
 def test_every_primitive_compiles(compiled, dtype):
     x = jax.ShapeDtypeStruct((64,), dtype)
-    kernel = triton.kernel(text_of(lambda x, y: everything(x, y, []), [x, x]))
+    kernel = backend.kernel(text_of(lambda x, y: everything(x, y, []), [x, x]))
     shapes = jax.eval_shape(lambda x, y: everything(x, y, []), x, x)
 
     def call(x, y):
         options = {"kernel": kernel, "grid": 1, "compute_capability": 90}
-        run_kernel = triton.calling({}, shapes, 80, **options)
+        run_kernel = backend.calling({}, shapes, 80, **options)
         types = [jax.core.ShapedArray(z.shape, z.dtype) for z in shapes]
         return gpus.call(run_kernel, [x, y], types, contextlib.nullcontext)
 
@@ -436,8 +437,8 @@ def test_equal_leaves_share_a_compilation():
     tx = compress(optax.adamw(1e-2))
     params = [jnp.ones((64, 128)), jnp.ones((128, 64))]
     sources = {
-        triton.source(plan([whole_leaf(p, operands_of(p))], DEFAULT), True)
+        backend.source(plan([whole_leaf(p, operands_of(p))], DEFAULT), True)
         for p in programs(tx, params)
     }
     (text,) = sources
-    assert triton.kernel(text) is triton.kernel("".join(text))
+    assert backend.kernel(text) is backend.kernel("".join(text))

@@ -13,17 +13,10 @@ import pytest
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from optax_flash import (
-    Affine4,
-    Affine8,
-    Companded4,
-    Companded8,
-    FlashOptim8,
-    get_codec,
-)
-from optax_flash.numerics import hashing, nibbles
-from optax_flash.numerics.catalogue import CODECS
-from optax_flash.numerics.curves import CURVES
+from optax_flash import Affine4, Affine8, Companded4, Companded8, FlashOptim8, get_codec
+from optax_flash.codecs import hashing, nibbles
+from optax_flash.codecs.curves import CURVES
+from optax_flash.codecs.registry import CODECS
 
 AFFINE = (Affine4, Affine8)
 

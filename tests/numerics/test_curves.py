@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_flash.numerics.curves import CURVES
+from optax_flash.codecs.curves import CURVES
 
 SIGNED, UNSIGNED = 7, 16  # the last places
 

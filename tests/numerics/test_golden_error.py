@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from optax_flash import Affine8, Companded4, Companded8, FlashOptim8
-from optax_flash.numerics import hashing
+from optax_flash.codecs import hashing
 
 RNG = np.random.default_rng(20240229)
 NORMAL = RNG.standard_normal((256, 256))

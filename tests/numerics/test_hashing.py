@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_flash.numerics import hashing
+from optax_flash.codecs import hashing
 
 N = 2**18
 SEEDS = [0, 1, 0xDEADBEEF]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from optax_flash import Affine4, Affine8, Companded4, Companded8, ExactResidual
-from optax_flash.numerics import hashing
-from optax_flash.numerics.curves import CURVES
+from optax_flash.codecs import hashing
+from optax_flash.codecs.curves import CURVES
 
 STEPS = 4096
 

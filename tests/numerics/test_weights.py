@@ -11,8 +11,9 @@ import pytest
 from absl.testing import parameterized
 
 from optax_flash import ExactResidual, FlashOptimResidual
-from optax_flash.numerics import hashing, weights
-from optax_flash.numerics.weights import round_to
+from optax_flash.codecs import hashing
+from optax_flash.codecs import residual as residuals
+from optax_flash.codecs.residual import round_to
 
 DTYPES = [ml_dtypes.bfloat16, np.float16]
 SEEDS = [None, np.uint32(7)]
@@ -26,7 +27,7 @@ def finite_params(dtype):
     return patterns[(patterns & 0x7FFF) < infinity].view(dtype)
 
 
-def residuals(codec, dtype):
+def all_residuals(codec, dtype):
     """Residuals that a split can make: all of 8 bits, or some of 16."""
     if codec.bits == 24:
         return np.arange(-128, 128, dtype=np.int8).view(np.uint8)
@@ -89,7 +90,7 @@ def residual_of(codec, weight, param, seed=None):
 @pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
 def test_every_param_with_every_residual(codec, dtype, seed):
     param = finite_params(dtype)[:, None]
-    for chunk in residuals(codec, dtype).reshape(-1, 32):
+    for chunk in all_residuals(codec, dtype).reshape(-1, 32):
         residual = np.broadcast_to(chunk, (param.size, 32))
         params = np.broadcast_to(param, residual.shape)
         weight = join(codec, params, residual)
@@ -111,7 +112,7 @@ def test_every_param_with_every_residual(codec, dtype, seed):
 def test_weights_are_in_the_order_of_param_and_residual(codec, dtype):
     param = np.sort(finite_params(dtype))
     param = param[~((param == 0) & np.signbit(param))]
-    residual = np.sort(residuals(codec, dtype).view(f"i{codec.dtype.itemsize}"))
+    residual = np.sort(all_residuals(codec, dtype).view(f"i{codec.dtype.itemsize}"))
     residual = np.unique(residual).view(codec.dtype)
     weight = join(codec, *np.broadcast_arrays(param[:, None], residual))
     assert np.all(np.diff(order_of(weight).ravel()) > 0)
@@ -247,7 +248,7 @@ def test_half_a_code_is_where_steps_begin_to_count(codec, dtype):
     low, high = (-14, 14) if dtype == np.float16 else (-60, 60)
     pieces = split(codec, dtype, random_weights(low, high, 2**16))
     weight = np.asarray(join(codec, *pieces))
-    half = np.asarray(jax.jit(weights.half_code)(*pieces))
+    half = np.asarray(jax.jit(residuals.half_code)(*pieces))
     # Powers of two have neighbours at two distances.
     weight, half = (x[np.frexp(np.abs(weight))[0] != 0.5] for x in (weight, half))
     for share, stays in [(0.9, True), (1.1, False), (-0.9, True), (-1.1, False)]:
@@ -262,7 +263,7 @@ def test_half_a_code_is_where_steps_begin_to_count(codec, dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES, np.float32])
 def test_half_a_code_without_a_residual_is_half_an_ulp(dtype):
     weight = random_weights(-20, 14, 2**16).astype(dtype)
-    half = np.asarray(jax.jit(weights.half_code)(weight), np.float64)
+    half = np.asarray(jax.jit(residuals.half_code)(weight), np.float64)
     weight = np.asarray(weight, np.float64)
     is_power = np.frexp(np.abs(weight))[0] == 0.5
     for share, stays in [(0.9, True), (1.1, False), (-0.9, True), (-1.1, False)]:
@@ -276,10 +277,10 @@ def test_a_residual_tells_its_codec():
             codec = kind(bits=bits)
             _, residual = codec.split(jnp.ones(3), jnp.bfloat16)
             assert residual.dtype == codec.dtype
-            assert weights.codec_of(residual) == codec
-            assert weights.get_residual_codec(kind.name, bits) == codec
+            assert residuals.codec_of(residual) == codec
+            assert residuals.get_residual_codec(kind.name, bits) == codec
     with pytest.raises(ValueError, match="float32"):
-        weights.codec_of(jnp.ones(3))
+        residuals.codec_of(jnp.ones(3))
 
 
 @pytest.mark.parametrize("kind", [ExactResidual, FlashOptimResidual])
@@ -291,7 +292,7 @@ def test_other_bits_are_refused(kind, bits):
 
 def test_unknown_residual_codecs_are_told_the_known_ones():
     with pytest.raises(ValueError, match="'exactly'.*exact, flashoptim"):
-        weights.get_residual_codec("exactly", 24)
+        residuals.get_residual_codec("exactly", 24)
 
 
 @pytest.mark.parametrize(
@@ -299,4 +300,4 @@ def test_unknown_residual_codecs_are_told_the_known_ones():
     [(jnp.bfloat16, True), (jnp.float16, True), (jnp.float32, False)],
 )
 def test_which_params_are_split(dtype, expected):
-    assert weights.is_split(jnp.zeros(2, dtype)) == expected
+    assert residuals.is_split(jnp.zeros(2, dtype)) == expected

@@ -1,0 +1,1 @@
+"""What runs a program: one file a backend, one table of them."""

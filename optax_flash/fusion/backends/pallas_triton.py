@@ -1,0 +1,180 @@
+"""Programs as Pallas kernels, lowered through Triton: NVIDIA GPUs without jax-triton.
+
+One kernel reads every operand of a leaf once and writes every result once, in place.
+Small leaves share a kernel: each block of threads looks up whose tile it has.
+jax 0.11 deprecates this way of lowering; ``triton`` does without it.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from optax_flash.fusion.backends import gpu as gpus
+from optax_flash.fusion.backends.tuning import Config
+from optax_flash.fusion.launch import (
+    Addresses,
+    Leaf,
+    addresses,
+    computation,
+    on_one_unit,
+    once_a_family,
+    plan,
+)
+from optax_flash.fusion.program import Program, flat_equations
+from optax_flash.fusion.tiles import Shard, Where
+
+UNSUPPORTED = frozenset({"erf", "round"})
+"""The elementwise primitives that Pallas cannot lower to Triton."""
+
+UNSUPPORTED_IN_16_BITS = frozenset({"div", "logistic"})
+"""Those that it cannot lower for bfloat16 and float16."""
+
+
+@once_a_family
+def reason(program: Program) -> str | None:
+    """Why a program cannot run in a kernel of this kind; None if it can."""
+    function, args = on_one_unit(program)
+    for eqn in flat_equations(jax.make_jaxpr(function)(*args).jaxpr):
+        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+        if name in UNSUPPORTED:
+            return f"Pallas has no {name!r} on GPUs"
+        if name in UNSUPPORTED_IN_16_BITS and dtype.itemsize == 2:
+            return f"Pallas has no {name!r} for {dtype} on GPUs"
+    return None
+
+
+def needs_gpu() -> bool:
+    """Whether a kernel is lowered for one kind of GPU, as jax 0.11 and later do."""
+    return jax.__version_info__ >= (0, 11)
+
+
+def update(
+    shards: list[Shard],
+    config: Config,
+    gpu: gpus.Gpu | None = None,
+    interpret: bool = False,
+) -> list[list[jax.Array]]:
+    """The results of programs of one family, each on a shard of its leaf.
+
+    Args:
+      shards: what to compute on.
+      config: the size of tiles and of blocks of threads.
+      gpu: what to compile for; None where any will do.
+      interpret: run in XLA on any platform, for tests.
+    """
+    planned = plan(shards, config)
+    leaves, units, starts = planned.leaves, planned.units, planned.starts
+
+    def kernel(*refs: Any) -> None:
+        inputs, outputs = refs[: len(planned.operands)], refs[len(planned.operands) :]
+        tile_id = pl.program_id(0)
+        if len(leaves) == 1:
+            whose: Any = 0
+        else:
+            whose = sum((tile_id >= x).astype(jnp.int32) for x in starts[1:-1])
+
+        def where(i: int) -> Addresses:
+            first = (tile_id - starts[i]) * units
+            offsets = [inputs[x][0] for x in leaves[i].offsets]
+            return addresses(leaves[i], first, units, offsets, len(leaves) > 1)
+
+        def load(i: int) -> Any:
+            at = where(i)
+            return at.places, at.mask, _load_all(leaves[i], inputs, at)
+
+        places, mask, args = _switch(whose, load, len(leaves))
+        program = leaves[0].shard.program
+        compute, _ = computation(program, places.shape, mask is not None)
+        results = compute(places, mask, args)
+
+        def store(i: int) -> None:
+            rows = zip(where(i).results, leaves[i].results, results, strict=True)
+            for at, buffer, x in rows:
+                planes = zip(at, x, strict=True) if isinstance(x, tuple) else [(at, x)]
+                for plane, values in planes:
+                    _write(outputs[buffer], plane, values)
+
+        _switch(whose, store, len(leaves))
+
+    everywhere = pl.BlockSpec(memory_space=pl.ANY)
+    call = pl.pallas_call(
+        kernel,
+        grid=(starts[-1],),
+        in_specs=[everywhere] * len(planned.operands),
+        out_specs=[everywhere] * len(planned.results),
+        out_shape=planned.flat_results(),
+        input_output_aliases=planned.aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        interpret=interpret,
+        name="optax_flash",
+    )
+    if interpret:
+        return planned.by_leaf(call(*planned.operands))
+    around = functools.partial(compiling, gpu)
+    out = gpus.call(call, planned.operands, planned.flat_results(), around)
+    return planned.by_leaf(out)
+
+
+@contextlib.contextmanager
+def compiling(gpu: gpus.Gpu | None) -> Iterator[None]:
+    """Tells Pallas the GPU, and keeps from users what it says of its own future.
+
+    They did not choose it: it runs where jax-triton is absent, and ``explain`` says so.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+        )
+        if gpu and needs_gpu():
+            device = AbstractDevice(gpu.kind, None, "gpu")
+            mesh = AbstractMesh((), (), abstract_device=device)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        yield
+
+
+def _switch(i: Any, branch: Any, n: int) -> Any:
+    """``branch(i)`` for a traced ``i``; halving, so few comparisons are made."""
+
+    def between(low: int, high: int) -> Any:
+        if high - low == 1:
+            return branch(low)
+        middle = (low + high) // 2
+        return lax.cond(
+            i < middle, lambda: between(low, middle), lambda: between(middle, high)
+        )
+
+    return between(0, n)
+
+
+def _load_all(leaf: Leaf, refs: Any, where: Addresses) -> list[Any]:
+    """The operands of a tile."""
+    args = []
+    invars = leaf.shard.program.jaxpr.invars
+    for at, i, x in zip(where.operands, leaf.operands, invars, strict=True):
+        if at is None:
+            value = refs[i][0]
+            args.append(value != 0 if x.aval.dtype == jnp.bool_ else value)
+        elif isinstance(at, Where):
+            args.append(_read(refs[i], at))
+        else:
+            args.append(tuple(_read(refs[i], plane) for plane in at))
+    return args
+
+
+def _read(ref: Any, where: Where) -> jax.Array:
+    other = None if where.mask is None else jnp.zeros([], ref.dtype)
+    return plgpu.load(ref.at[where.indices], mask=where.mask, other=other)
+
+
+def _write(ref: Any, where: Where, x: jax.Array) -> None:
+    plgpu.store(ref.at[where.indices], x, mask=where.mask)

@@ -1,0 +1,1 @@
+"""States on disk and in other forms: checkpoints, formats, stock optax, safetensors."""

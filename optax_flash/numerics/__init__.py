@@ -1,1 +1,0 @@
-"""Storage formats: pure functions between arrays and their codes."""

@@ -1,0 +1,1 @@
+"""What an optimizer does: its kernels, its memory, and what storage adds."""

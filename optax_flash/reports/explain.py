@@ -1,0 +1,167 @@
+"""``explain``: which implementation runs each leaf of an optimizer, and why."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from optax_flash.fusion import fuse
+from optax_flash.fusion.backends import gpu
+from optax_flash.fusion.backends.choose import PLATFORMS, choose
+from optax_flash.fusion.split import Leaf
+from optax_flash.transforms import _arguments, _init, _mirror
+from optax_flash.transforms._extra_args import with_extra_args
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What happens to leaves that are alike.
+
+    Attributes:
+      params: their paths.
+      shape: of each.
+      implementation: ``"xla"``, ``"pallas"`` or ``"triton"``.
+      reason: why this one, in words.
+    """
+
+    params: tuple[str, ...]
+    shape: tuple[int, ...]
+    implementation: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How an optimizer's update runs; prints as a table.
+
+    Attributes:
+      platform: the one that it is for.
+      paths: one for each group of leaves that are alike.
+    """
+
+    platform: str
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        rows = [("leaves", "first", "shape", "runs in", "because")]
+        for path in self.paths:
+            rows.append(
+                (
+                    str(len(path.params)),
+                    path.params[0],
+                    str(list(path.shape)),
+                    path.implementation,
+                    path.reason,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].rjust(widths[0])]
+                + [x.ljust(w) for x, w in zip(row[1:], widths[1:], strict=True)]
+            ).rstrip()
+            for row in rows
+        ]
+        return f"on {self.platform}\n" + "\n".join(lines)
+
+
+def explain(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    platform: str | None = None,
+    **extra_args: Any,
+) -> Explanation:
+    """Tells for each leaf which implementation runs it, and why.
+
+    Args:
+      tx: any transformation with :func:`compress` or :func:`master_weights` in it.
+      params: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
+      platform: ``"cuda"`` or ``"gpu"``, ``"tpu"``, ``"cpu"``, ``"rocm"``; None for the
+        one at hand. There are no kernels for AMD's GPUs, ``"rocm"``: XLA runs all. For
+        ``"cuda"`` without a GPU at hand, one that kernels are compiled for is presumed,
+        with the packages that are installed here.
+      **extra_args: what ``tx.update`` needs beside gradients and params.
+
+    Returns:
+      An :class:`Explanation`, which prints as a table.
+
+    Raises:
+      TypeError: the arguments are swapped.
+      ValueError: an unknown platform.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"kernel": jnp.ones((512, 512))}
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax_flash.adamw8(1e-3))
+      >>> print(optax_flash.explain(tx, params, platform="cuda"))
+      on cuda
+      leaves  first   shape       runs in  because
+           1  kernel  [512, 512]  pallas   elementwise; jax-triton is not installed
+    """
+    call = "explain(tx, params)"
+    _arguments.check_transformation(tx, (params,), call)
+    _arguments.check_params(params, call)
+    platform = _at_hand() if platform is None else _canonical(platform)
+    params = _init.as_arrays(params)
+    state = jax.eval_shape(tx.init, params)
+    update = with_extra_args(tx).update
+    with fuse.watch() as leaves:
+        jax.eval_shape(
+            lambda state, params: update(params, state, params, **extra_args)[1],
+            state,
+            params,
+        )
+    groups: dict[Any, list[str]] = {}
+    target = (gpu.at_hand() or gpu.PRESUMED) if platform == "cuda" else None
+    for leaf, implementation in leaves:
+        kind = _kind(leaf, implementation, platform, target)
+        groups.setdefault(kind, []).extend(leaf.names or ["(state)"])
+    seen = {name for names in groups.values() for name in names}
+    for path, p in zip(
+        _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
+    ):
+        if leaves and path not in seen and not p.shape:
+            reason = "it is a scalar, as bias corrections are"
+            groups.setdefault(((), "xla", reason, None), []).append(path)
+    return Explanation(
+        platform,
+        tuple(
+            Path(tuple(names), shape, name, reason)
+            for (shape, name, reason, _), names in groups.items()
+        ),
+    )
+
+
+def _at_hand() -> str:
+    """The default backend; JAX says "gpu" of AMD's GPUs too."""
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return platform
+    version = jax.devices()[0].client.platform_version
+    return "rocm" if "rocm" in version.lower() else "cuda"
+
+
+def _canonical(platform: str) -> str:
+    """A known platform's name; "gpu" is NVIDIA's."""
+    name = "cuda" if platform == "gpu" else platform
+    if name not in PLATFORMS:
+        raise ValueError(
+            f"Unknown platform {platform!r}. Known names: {', '.join(PLATFORMS)}, and "
+            "gpu for cuda."
+        )
+    return name
+
+
+def _kind(
+    leaf: Leaf, implementation: str | None, platform: str, target: gpu.Gpu | None
+) -> tuple[Any, ...]:
+    """What leaves that are alike have in common."""
+    shape = leaf.results[0].aval.shape
+    if leaf.program is None:
+        return shape, "xla", leaf.reason, None
+    name, reason = choose(leaf.program, implementation, platform, target)
+    if leaf.reason and name != "xla":
+        reason = reason.replace("elementwise", leaf.reason, 1)
+    return shape, name, reason, leaf.program
