@@ -5,21 +5,17 @@ import contextvars
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from optax_flash.codecs import hashing
-from optax_flash.fusion import primitive as leaves
+from optax_flash.fusion import parts, untraced
 from optax_flash.fusion import split as splits
-from optax_flash.fusion import untraced
-from optax_flash.fusion.backends.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
-from optax_flash.fusion.jaxprs import constant
-from optax_flash.fusion.program import Program
+from optax_flash.fusion.backends.choose import IMPLEMENTATIONS, misfit
+from optax_flash.fusion.jaxprs import ClosedJaxpr, Env, as_fun, read, trace_state
 from optax_flash.fusion.tangents import moves
 
 PyTree = Any
@@ -47,7 +43,7 @@ class _Trace:
 
     def is_here(self) -> bool:
         """Whether what it knows is true where jax is tracing."""
-        return self.level == core.get_opaque_trace_state(convention="flax")
+        return self.level == trace_state()
 
 
 _trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
@@ -174,14 +170,14 @@ def run(
     operands, treedef = jax.tree.flatten((updates, state, params))
     operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
 
-    def traced(differentiated: bool) -> tuple[core.ClosedJaxpr, Any, set[str]]:
+    def traced(differentiated: bool) -> tuple[ClosedJaxpr, Any, set[str]]:
         trace = _Trace({implementation} if implementation else set(), differentiated)
         structure = []
 
         def flat(*operands: Any) -> list[Any]:
             updates, state, params = jax.tree.unflatten(treedef, operands)
             trace.start = hashing.start(optax.safe_increment(state.step))
-            trace.level = core.get_opaque_trace_state(convention="flax")
+            trace.level = trace_state()
             token = _trace.set(trace)
             try:
                 out = update(trace.start, updates, state, params)
@@ -242,7 +238,7 @@ def _one(implementations: set[str]) -> str | None:
 
 def _run_parts(
     split: splits.Split,
-    closed: core.ClosedJaxpr,
+    closed: ClosedJaxpr,
     operands: list[Any],
     implementation: str | None,
 ) -> list[Any]:
@@ -257,66 +253,21 @@ def _run_parts(
         _check_fit(split.leaves, implementation)
     if effects:
         operands = operands[len(closed.consts) :]
-        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands)
+        return as_fun(closed.jaxpr, closed.consts)(*operands)
     variables = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
-    env = dict(zip(variables, operands, strict=True))
+    env: Env = dict(zip(variables, operands, strict=True))
 
-    def read(x: Any) -> Any:
-        if isinstance(x, core.Literal):
-            return constant(x)
-        return env[x]
-
-    env.update(
-        zip(
-            split.scalars,
-            jax.core.eval_jaxpr(split.prologue, (), *operands),
-            strict=True,
-        )
-    )
-    fitting = [(leaf, leaf.program) for leaf in split.leaves if leaf.program]
-    for batch in batches(fitting):
-        results = leaves.update(
-            tuple(program for _, program in batch),
-            implementation,
-            [[read(x) for x in leaf.operands] for leaf, _ in batch],
-        )
-        for (leaf, _), of_leaf in zip(batch, results, strict=True):
-            env.update(zip(leaf.results, of_leaf, strict=True))
-    rest = jax.core.eval_jaxpr(split.rest, (), *map(read, split.rest_operands))
+    scalars = as_fun(split.prologue)(*operands)
+    env.update(zip(split.scalars, scalars, strict=True))
+    fitting = [
+        parts.Leaf(leaf.program, leaf.operands, leaf.results)
+        for leaf in split.leaves
+        if leaf.program
+    ]
+    parts.run(fitting, implementation, env)
+    rest = as_fun(split.rest)(*(read(env, x) for x in split.rest_operands))
     env.update(zip(split.rest.outvars, rest, strict=True))
-    return [read(x) for x in split.returned]
-
-
-T = TypeVar("T")
-
-
-def batches(
-    fitting: list[tuple[T, Program]], sliced: bool = False
-) -> Iterator[list[tuple[T, Program]]]:
-    """Leaves that run together: small ones of one family, equal programs first.
-
-    Args:
-      fitting: the program of each leaf, beside whatever stands for the leaf.
-      sliced: they run on a slice at one index of the leaf's first axis.
-    """
-    families: dict[Any, dict[Program, list[tuple[T, Program]]]] = {}
-    for leaf, program in fitting:
-        size = program.size // program.shape[0] if sliced else program.size
-        if size >= SMALL:
-            yield [(leaf, program)]
-        else:
-            family = families.setdefault(program.family, {})
-            family.setdefault(program, []).append((leaf, program))
-    for family in families.values():
-        rest = []
-        for alike in family.values():
-            # Whole batches of one program, which are traced and compiled once.
-            full = len(alike) // TOGETHER * TOGETHER
-            for i in range(0, full, TOGETHER):
-                yield alike[i : i + TOGETHER]
-            rest += alike[full:]
-        for i in range(0, len(rest), TOGETHER):
-            yield rest[i : i + TOGETHER]
+    return [read(env, x) for x in split.returned]
 
 
 def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:

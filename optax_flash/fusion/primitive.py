@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.extend import core
 from jax.interpreters import mlir
 
 from optax_flash.fusion import ops, partition
@@ -14,6 +13,7 @@ from optax_flash.fusion.backends import cpu, xla
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends.choose import choose, misfit, unfit_gpu
 from optax_flash.fusion.backends.tuning import config_for
+from optax_flash.fusion.jaxprs import Jaxpr, Primitive
 from optax_flash.fusion.program import Program, whole
 from optax_flash.fusion.tiles import Shard
 
@@ -95,7 +95,7 @@ def _one_in_xla(program: Program) -> Callable[..., list[jax.Array]]:
     return jax.jit(whole(program))
 
 
-update_p = core.Primitive("optax_flash_update")
+update_p = Primitive("optax_flash_update")
 ops.define(update_p, _in_xla, _in_xla)
 
 
@@ -112,7 +112,7 @@ def _lowering(platform: str) -> Callable[..., Any]:
         *operands: Any,
         programs: Programs,
         implementation: str | None,
-        devices: core.Jaxpr,
+        devices: Jaxpr,
         sliced: bool,
     ) -> Any:
         del devices
