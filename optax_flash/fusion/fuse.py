@@ -3,9 +3,8 @@
 import contextlib
 import contextvars
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +45,34 @@ class _Trace:
         return self.level == trace_state()
 
 
-_trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
-    "optax_flash_trace", default=None
-)
+class _Unfused(NamedTuple):
+    """Updates inside are plain JAX.
+
+    Attributes:
+      dry: they are only looked at, see :func:`dry`.
+    """
+
+    dry: bool
+
+
 Watched = list[tuple[splits.Leaf, str | None]]
-_watched: contextvars.ContextVar[Watched | None] = contextvars.ContextVar(
-    "optax_flash_leaves", default=None
+
+# Who is around an update: a trace that it takes part in, somebody who wants it unfused,
+# or a list for its leaves. No argument could tell. Between the outermost transformation
+# or a report and the ones inside are any of optax and of users, and those without extra
+# arguments hand on nothing but updates, state and params.
+_around: contextvars.ContextVar[_Trace | _Unfused | Watched | None] = (
+    contextvars.ContextVar("optax_flash_around", default=None)
 )
+
+
+@contextlib.contextmanager
+def _inside(around: _Trace | _Unfused | Watched) -> Iterator[None]:
+    token = _around.set(around)
+    try:
+        yield
+    finally:
+        _around.reset(token)
 
 
 @contextlib.contextmanager
@@ -62,39 +82,22 @@ def watch() -> Iterator[Watched]:
     Beside each leaf is the implementation that was asked for.
     """
     seen: Watched = []
-    token = _watched.set(seen)
-    try:
+    with _inside(seen):
         yield seen
-    finally:
-        _watched.reset(token)
 
 
-_dry: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "optax_flash_dry", default=False
-)
-
-
-@contextlib.contextmanager
-def dry() -> Iterator[None]:
+def dry() -> contextlib.AbstractContextManager[None]:
     """Updates inside are plain JAX and additive: XLA drops what nobody reads.
 
     For a look at the updates, with neither the cost nor the memory of a new state.
     """
-    token = _dry.set(True)
-    try:
-        yield
-    finally:
-        _dry.reset(token)
+    return _inside(_Unfused(dry=True))
 
 
 def is_dry() -> bool:
     """Whether an update is only to be looked at."""
-    return _dry.get()
-
-
-_step_by_step: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "optax_flash_step_by_step", default=False
-)
+    around = _around.get()
+    return isinstance(around, _Unfused) and around.dry
 
 
 def is_differentiated() -> bool:
@@ -102,8 +105,8 @@ def is_differentiated() -> bool:
 
     False where that is not known yet: inside of a jit, scan or cond.
     """
-    trace = _trace.get()
-    return trace is not None and trace.differentiated and trace.is_here()
+    trace = _around.get()
+    return isinstance(trace, _Trace) and trace.differentiated and trace.is_here()
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -115,19 +118,6 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes many objects that live on: looking for garbage costs a fifth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_garbage_collection()
 def run(
     update: Update,
     updates: PyTree,
@@ -157,13 +147,13 @@ def run(
         leaf.
       TypeError: the update takes values of arrays, and is to be compiled.
     """
-    trace = _trace.get()
-    if trace is not None:
+    around = _around.get()
+    if isinstance(around, _Trace):
         if implementation is not None:
-            trace.implementations.add(implementation)
-        if trace.is_here():
-            return update(trace.start, updates, state, params)
-    if trace is not None or is_dry() or _step_by_step.get():
+            around.implementations.add(implementation)
+        if around.is_here():
+            return update(around.start, updates, state, params)
+    if isinstance(around, _Trace | _Unfused):
         start = hashing.start(optax.safe_increment(state.step))
         return update(start, updates, state, params)
 
@@ -178,11 +168,10 @@ def run(
             updates, state, params = jax.tree.unflatten(treedef, operands)
             trace.start = hashing.start(optax.safe_increment(state.step))
             trace.level = trace_state()
-            token = _trace.set(trace)
             try:
-                out = update(trace.start, updates, state, params)
+                with _inside(trace):
+                    out = update(trace.start, updates, state, params)
             finally:
-                _trace.reset(token)
                 # Nothing of this trace outlives it.
                 trace.start = trace.level = None
             results, out_treedef = jax.tree.flatten(out)
@@ -194,11 +183,8 @@ def run(
 
     def step_by_step() -> tuple[PyTree, PyTree]:
         start = hashing.start(optax.safe_increment(state.step))
-        token = _step_by_step.set(True)
-        try:
+        with _inside(_Unfused(dry=False)):
             return update(start, updates, state, params)
-        finally:
-            _step_by_step.reset(token)
 
     differentiated = moves(operands)
     try:
@@ -223,6 +209,7 @@ def run(
         closed,
         [*closed.consts, *operands],
         _one(implementations),
+        around,
     )
     return jax.tree.unflatten(out_treedef, results)
 
@@ -241,12 +228,12 @@ def _run_parts(
     closed: ClosedJaxpr,
     operands: list[Any],
     implementation: str | None,
+    watched: Watched | None,
 ) -> list[Any]:
     effects = "it has side effects, as host callbacks have" if closed.effects else None
     if effects:
         misfits = [x._replace(program=None, reason=effects) for x in split.leaves]
         split = split._replace(leaves=misfits)
-    watched = _watched.get()
     if watched is not None:
         watched.extend((leaf, implementation) for leaf in split.leaves)
     if implementation not in (None, "xla"):
