@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 from optax_flash.fusion import fuse
-from optax_flash.fusion.backends import mosaic_tpu
-from optax_flash.fusion.backends.choose import choose
+from optax_flash.fusion.backends import Target, choose, mosaic_tpu
 from optax_flash.fusion.program import whole
 from optax_flash.fusion.tiles import Place, Shard
 
@@ -82,7 +81,7 @@ def on_tpu(program, operands, shape=None, offsets=None):
 
     def run(*operands):
         shard = Shard(program, place, shape, list(operands))
-        return mosaic_tpu.update([shard], interpret=True)[0]
+        return mosaic_tpu.launched(shard, interpret=True)
 
     return jit(run)(*operands)
 
@@ -98,7 +97,7 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize(["shape", "bits", "codec"], CASES, ids=str)
 def test_equals_xla_on_any_shape(shape, bits, codec):
     program = program_of(optax.adamw(1e-2), shape, bits, codec)
-    assert mosaic_tpu.reason(program) is None
+    assert mosaic_tpu.unsupported(program, None) is None
     operands = operands_of(program)
     expected = jit(whole(program))(*operands)
     assert_same_bits(on_tpu(program, operands), expected)
@@ -107,7 +106,7 @@ def test_equals_xla_on_any_shape(shape, bits, codec):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_xla_for_any_optimizer(name):
     program = program_of(OPTIMIZERS[name](), (9, 300), 24)
-    assert mosaic_tpu.reason(program) is None
+    assert mosaic_tpu.unsupported(program, None) is None
     operands = operands_of(program)
     expected = jit(whole(program))(*operands)
     assert_same_bits(on_tpu(program, operands), expected)
@@ -175,8 +174,8 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_rest_goes_to_xla_and_says_why(reason):
-    name, why = choose(REASONS[reason](), None, "tpu")
-    assert name == "xla" and reason in why
+    backend, why = choose(REASONS[reason](), None, Target("tpu"))
+    assert backend.name == "xla" and reason in why
 
 
 def lowered(tx, platform="tpu", shape=(64, 128), sharding=None):

@@ -20,9 +20,9 @@ import optax_flash
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import jax_triton as backend
+from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.backends.triton_source import HEADER, Writer
-from optax_flash.fusion.backends.tuning import DEFAULT, Config
-from optax_flash.fusion.launch import plan
+from optax_flash.fusion.launch import DEFAULT, Config, plan
 from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Place, Shard
 
@@ -164,7 +164,7 @@ def fast_reductions(monkeypatch):
 
 
 def update(shards, config=DEFAULT):
-    """What ``backend.update`` computes, by the interpreter."""
+    """What ``backend.run`` computes, by the interpreter."""
     planned = plan(shards, config)
     arrays = [np.array(x) for x in planned.operands]
     donors = {result: operand for operand, result in planned.aliases.items()}
@@ -376,7 +376,7 @@ def compile_for_cuda(tx, shape, dtype):
     ]
 
     def run_kernel(*operands):
-        (results,) = backend.update([whole_leaf(program, operands)], DEFAULT, H100)
+        (results,) = backend.run([whole_leaf(program, operands)], Target("cuda", H100))
         return results
 
     return program, lower_for_cuda(run_kernel, *operands).as_text()
