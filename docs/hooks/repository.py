@@ -15,6 +15,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "RELEASING.md",
+    "SECURITY.md",
     "examples/**/*.md",
     "benchmarks/results/**/*.*",
     "benchmarks/study/studies/*.toml",
