@@ -109,7 +109,7 @@ def is_in(name, package):
 
 
 def module_of(name):
-    """The longest part of an imported name that is a module of ours; None for others."""
+    """The longest part of an imported name that is a module of ours, or None."""
     parts = name.split(".")
     while parts[0] == "optax_flash" and len(parts) > 1:
         path = PACKAGE.joinpath(*parts[1:])

@@ -32,7 +32,7 @@ STEP = """
 import pathlib, sys
 wheel = pathlib.Path(sys.argv[1])
 sys.path.insert(0, str(wheel))
-for extra in "flax", "jax_triton", "matplotlib", "orbax", "rich", "safetensors", "triton":
+for extra in "flax jax_triton matplotlib orbax rich safetensors triton".split():
     sys.modules[extra] = None
 import jax, jax.numpy as jnp, optax, optax_flash
 assert wheel in pathlib.Path(optax_flash.__file__).parents
