@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from contenders import Shapes
-from gpu_checks import DRY_SHAPES, SHAPES
+from benchmarks.contenders import Shapes
+from benchmarks.gpu_checks import DRY_SHAPES, SHAPES
 
 
 class Plan(NamedTuple):

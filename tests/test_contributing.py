@@ -230,3 +230,19 @@ def test_versions_are_the_same_everywhere():
     assert bounds in project["dependencies"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert set(re.findall(r"interpreter (3\.\d+)", ci)) == set(pythons)
+
+
+def test_the_library_stands_alone_and_benchmarks_start_in_one_way():
+    """Tests import benchmarks, these examples, and all of them the library."""
+    order = ("optax_flash", "examples", "benchmarks", "tests")
+    for i, folder in enumerate(order):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom | ast.Import):
+                    names = [alias.name for alias in node.names]
+                    if isinstance(node, ast.ImportFrom):
+                        names = [node.module or ""]
+                    tops = {name.split(".")[0] for name in names}
+                    assert not tops & set(order[i + 1 :]), path
+                if isinstance(node, ast.Attribute):
+                    assert ast.unparse(node) != "sys.path", path

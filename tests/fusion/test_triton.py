@@ -5,9 +5,7 @@ Needs jax-triton and the CUDA plugin, which the extra ``cuda13`` brings, but no 
 
 import contextlib
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +22,8 @@ from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Place, Shard
 from optax_flash.fusion.triton_source import HEADER, Writer
 from optax_flash.fusion.tuning import DEFAULT, Config
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from equality import OPTIMIZERS  # noqa: E402
-from test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME  # noqa: E402
+from tests.fusion.equality import OPTIMIZERS
+from tests.fusion.test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME
 
 pytestmark = pytest.mark.cuda
 jax_triton = pytest.importorskip("jax_triton")
