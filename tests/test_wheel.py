@@ -106,6 +106,8 @@ def test_the_sdist_has_what_its_tests_read(built):
     for folder in FOLDERS:
         assert sources(folder) <= sizes.keys(), sources(folder) - sizes.keys()
     assert ROOT_FILES <= sizes.keys(), ROOT_FILES - sizes.keys()
+    # Compact summaries, and no raw runs.
+    assert sum(size for x, size in sizes.items() if "/results/" in x) < 1_000_000
     others = {x for x in sizes if not x.startswith(tuple(f"{x}/" for x in FOLDERS))}
     assert others - ROOT_FILES <= {"PKG-INFO", ".gitignore"}
 

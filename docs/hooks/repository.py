@@ -39,9 +39,8 @@ def on_page_markdown(markdown, page, config, files):
 
     def in_site(link):
         target = posixpath.normpath(posixpath.join(place, link[1]))
-        for page_of_folder in ("README.md", "index.html"):
-            if (ROOT / target / page_of_folder).exists():
-                target += f"/{page_of_folder}"
+        if (ROOT / target / "README.md").exists():
+            target += "/README.md"
         target = target.removeprefix("docs/")
         return posixpath.relpath(target, posixpath.dirname(name) or ".")
 
