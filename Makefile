@@ -42,48 +42,48 @@ docs: $(VENV)/docs ## the pages of docs/, the API among them, as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 optimizer-table: $(VENV)/examples ## docs/optimizers.md, from a run of every optimizer
-	$(BIN)/python benchmarks/optimizer_table.py
+	$(BIN)/python -m benchmarks.optimizer_table
 
 seeds: $(VENV)/examples ## the demo over three seeds
-	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python -m benchmarks.demo_seeds
 
 trace: $(VENV)/examples ## tracing time against optax.adamw
-	$(BIN)/python benchmarks/trace_time.py
+	$(BIN)/python -m benchmarks.trace_time
 
 bench-cpu: $(VENV)/examples ## step time on a CPU against optax
-	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python -m benchmarks.bench_cpu
 
 gpu-report: $(CUDA_VENV)/examples ## correctness and speed on one GPU, beside others
-	$(CUDA_BIN)/python benchmarks/gpu_report.py
+	$(CUDA_BIN)/python -m benchmarks.gpu_report
 
 gpu-train: $(CUDA_VENV)/examples data/kernel-docs ## GPT-2 124M on a GPU, in two ways
 	$(CUDA_BIN)/python -m examples.lm.gpu_train
 
 release-memory: $(CUDA_VENV)/done ## memory of train steps with gradient release, compiled
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.release_memory
 
 tpu-report: $(TPU_VENV)/done ## what XLA makes of an update for TPUs; needs none
-	$(TPU_BIN)/python benchmarks/tpu_report.py
+	$(TPU_BIN)/python -m benchmarks.tpu_report
 
 llama-memory: $(CUDA_VENV)/done ## memory of Llama-3.1-8B's step, planned and compiled
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/llama_memory.py
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.llama_memory
 
 codec-lab: $(VENV)/examples data/fashion-mnist ## every codec on recorded gradients
-	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
+	$(BIN)/python -m benchmarks.codec_lab
 
 studies: $(VENV)/examples data/fashion-mnist ## five questions and their verdicts, in small
 	$(BIN)/python -m benchmarks.study run $(STUDIES:%=benchmarks/study/studies/%.toml)
 
 quality: $(VENV)/examples data/fashion-mnist ## training against float32, over seeds
-	PYTHONPATH=benchmarks $(BIN)/python -m quality
+	$(BIN)/python -m benchmarks.quality
 
 budget: $(VENV)/examples ## loss against bytes: every optimizer of a lower budget
-	PYTHONPATH=benchmarks $(BIN)/python -m budget.steps
-	PYTHONPATH=benchmarks $(BIN)/python -m budget
+	$(BIN)/python -m benchmarks.budget.steps
+	$(BIN)/python -m benchmarks.budget
 
 lion: $(VENV)/examples data/fashion-mnist ## what storage does to Lion's signs and decay
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
+	$(BIN)/python -m benchmarks.quality.lion_signs
+	$(BIN)/python -m benchmarks.quality.lion_decay
 
 trading: $(VENV)/examples ## a trading agent on 20 stocks, tested on later years
 	$(BIN)/python -m examples.trading.train --config examples/trading/config.toml \

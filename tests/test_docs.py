@@ -116,9 +116,9 @@ def commands(page):
     lines = bash.splitlines() + re.findall(r"^    (\S.*)$", text, re.M)
     lines += re.findall(r"`([^`\n]+)`", text)
     return [
-        line.strip().removeprefix("PYTHONPATH=benchmarks ")
+        line.strip()
         for line in lines
-        if re.match(r"(PYTHONPATH=\S+ )?(make|python3?) [\w.]|python -m", line.strip())
+        if re.match(r"(make|python3?) [\w.]|python -m", line.strip())
     ]
 
 

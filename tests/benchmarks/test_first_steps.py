@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from first_steps import (
+
+from benchmarks.first_steps import (
     OPTIMIZERS,
     SHAPE,
     STORAGE,

@@ -18,12 +18,7 @@ from jax.sharding import AxisType
 
 import optax_flash
 import optax_flash.flax
-from examples.common.optimizers import make_optimizer
-from examples.lm.model import GPT, GPTConfig
-from optax_flash.fusion import fuse
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import (  # noqa: E402
+from benchmarks.h100 import (
     BACKENDS,
     TARGETS,
     access_widths,
@@ -34,9 +29,13 @@ from h100 import (  # noqa: E402
     mesh_of,
     sharded_like,
 )
+from examples.common.optimizers import make_optimizer
+from examples.lm.model import GPT, GPTConfig
+from optax_flash.fusion import fuse
 
 pytestmark = pytest.mark.cuda
 
+ROOT = pathlib.Path(__file__).parents[2]
 MEGABYTE = 2**20
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-3),
@@ -317,10 +316,8 @@ def test_a_whole_train_step_has_one_kernel_for_a_matrix():
 
 
 DUMP = """
-import sys
-sys.path.insert(0, {here!r})
 import jax, jax.numpy as jnp, optax, optax_flash
-from h100 import compile_step
+from benchmarks.h100 import compile_step
 params = {{"kernel": jax.ShapeDtypeStruct({shape}, jnp.{dtype})}}
 tx = optax_flash.master_weights(
     optax_flash.compress(optax.{inner}, {codecs!r}), implementation="pallas"
@@ -365,14 +362,15 @@ def check_widths(ptx, inner, codecs):
 def _ptx(folder, inner, codecs, shape):
     """The PTX of the kernel of a step; compiled in a process that dumps it."""
     script = DUMP.format(
-        here=str(pathlib.Path(__file__).parent),
         shape=shape,
         dtype="bfloat16",
         inner=inner,
         codecs=codecs,
     )
     environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder}"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env=environment, cwd=ROOT
+    )
     found = []
     for path in folder.glob("*.ptx"):
         # The head says for which GPU the kernels are.

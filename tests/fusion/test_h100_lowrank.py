@@ -4,9 +4,7 @@ Compiled, not run: needs ``jax[cuda13]`` but no GPU, see ``make test-cuda``.
 """
 
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import inspect, mesh_of, sharded_like  # noqa: E402
+from benchmarks.h100 import inspect, mesh_of, sharded_like
 
 pytestmark = pytest.mark.cuda
 

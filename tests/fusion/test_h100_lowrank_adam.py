@@ -3,18 +3,14 @@
 Compiled, not run, see ``make test-cuda``.
 """
 
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import optax_flash
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import mesh_of, sharded_like  # noqa: E402
+from benchmarks.h100 import mesh_of, sharded_like
 
 pytestmark = pytest.mark.cuda
 

@@ -4,7 +4,8 @@ import functools
 import re
 
 import pytest
-from release_memory import (
+
+from benchmarks.release_memory import (
     MODEL,
     SHAPES,
     arguments,
@@ -15,7 +16,6 @@ from release_memory import (
     optimizer,
     ordinary_step,
 )
-
 from optax_flash import release
 
 pytestmark = pytest.mark.cuda

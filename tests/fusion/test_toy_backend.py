@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fusion import toy_backend
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_flash
 from optax_flash.fusion import backends
+from tests.fusion import toy_backend
 
 
 @pytest.fixture(name="toy", autouse=True)
 def toy_fixture(monkeypatch):
-    row = backends.Backend("toy", "fusion.toy_backend", ("cpu",), by_name_only=True)
+    row = backends.Backend(
+        "toy", "tests.fusion.toy_backend", ("cpu",), by_name_only=True
+    )
     monkeypatch.setattr(backends, "TABLE", (*backends.TABLE, row))
     toy_backend.seen.clear()
 

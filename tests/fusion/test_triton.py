@@ -5,9 +5,7 @@ Needs jax-triton and the CUDA plugin, which the extra ``cuda13`` brings, but no 
 
 import contextlib
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +23,8 @@ from optax_flash.fusion.backends.triton_source import HEADER, Writer
 from optax_flash.fusion.launch import DEFAULT, Config, plan
 from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Place, Shard
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from equality import OPTIMIZERS  # noqa: E402
-from test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME  # noqa: E402
+from tests.fusion.equality import OPTIMIZERS
+from tests.fusion.test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME
 
 pytestmark = pytest.mark.cuda
 jax_triton = pytest.importorskip("jax_triton")
