@@ -12,6 +12,8 @@ from budget.conditions import LEARNING_RATES, conditions
 from quality.results import Results
 from quality.training import Trainer, study
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module", name="tiny")
 def tiny_fixture():

@@ -13,6 +13,8 @@ import pytest
 
 import optax_flash
 
+pytestmark = pytest.mark.full
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 

@@ -55,6 +55,7 @@ def test_updates_beside_an_outlier(name, storage, warmup):
     assert ratios.max() <= 3.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, storage",
     [("adamw", "4 bits"), ("adamw", "4 and 8 bits"), ("nadam", "4 and 8 bits")],

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

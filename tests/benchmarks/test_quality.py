@@ -17,6 +17,8 @@ from quality.training import Trainer, study
 
 from benchmarks.study.statistics import difference
 
+pytestmark = pytest.mark.full
+
 SIZE = 12  # of the pictures, in pixels
 
 

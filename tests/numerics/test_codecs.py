@@ -25,6 +25,8 @@ from optax_flash.numerics import hashing, nibbles
 from optax_flash.numerics.catalogue import CODECS
 from optax_flash.numerics.curves import CURVES
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 AFFINE = (Affine4, Affine8)
 
 # In groups of 32, so that small arrays have several; the last test has the defaults.

@@ -14,6 +14,8 @@ from optax_flash import ExactResidual, FlashOptimResidual
 from optax_flash.numerics import hashing, weights
 from optax_flash.numerics.weights import round_to
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 DTYPES = [ml_dtypes.bfloat16, np.float16]
 SEEDS = [None, np.uint32(7)]
 EXACT_24, EXACT_32 = ExactResidual(bits=24), ExactResidual(bits=32)
