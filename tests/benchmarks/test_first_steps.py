@@ -14,6 +14,7 @@ from first_steps import (
     over,
     stored,
 )
+from tiers import quick
 
 CASES = [
     (name, storage)
@@ -44,8 +45,14 @@ def test_updates_of_normal_gradients_in_a_warmup(name, storage):
     assert over(found, stock).max() <= 3.0
 
 
-@pytest.mark.parametrize("warmup", [0, 8])
-@pytest.mark.parametrize("name, storage", CASES)
+# Every optimizer with both, and every storage.
+@pytest.mark.parametrize(
+    "name, storage, warmup",
+    quick(
+        [("adamw", storage, warmup) for storage in STORAGE for warmup in (0, 8)],
+        [(*case, (0, 8)[i % 2]) for i, case in enumerate(CASES)],
+    ),
+)
 def test_updates_beside_an_outlier(name, storage, warmup):
     """The largest is within three times float32's, in each of ten steps."""
     optimizer = make(name, warmup)

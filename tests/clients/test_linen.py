@@ -11,6 +11,7 @@ from clients import problem
 from flax.training import train_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.flax import TrainState
@@ -121,7 +122,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["adamw8"], OPTIMIZERS))
 def test_maxtext(name, tmp_path):
     make, make_stock, at_most = OPTIMIZERS[name]
     tx = make(1e-3)

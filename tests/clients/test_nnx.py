@@ -11,6 +11,7 @@ from clients import problem
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.flax import Optimizer
@@ -97,7 +98,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["adamw8, 24-bit weights"], OPTIMIZERS))
 def test_stock_optimizer(name, tmp_path):
     make, arguments, make_stock, dtype, at_most = OPTIMIZERS[name]
     tx = make(*arguments)
