@@ -170,7 +170,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", quick(["adamw8", "lora_pre"], EVERY))
 def test_a_state_keeps_its_dtypes_and_an_update_has_the_wider(name):
     """Of gradient and param; with float64 and without."""
 

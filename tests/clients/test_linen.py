@@ -148,6 +148,7 @@ def test_maxtext(name, tmp_path):
     problem.check_equal(resumed.train(restored, 4), state)
 
 
+@pytest.mark.full
 def test_maxtext_with_factors(tmp_path):
     """Factors have the names of those axes that they share with their param."""
     tx = optax_flash.lora_pre_adamw(1e-3, rank=16)
@@ -193,6 +194,7 @@ def test_our_train_state(tmp_path):
     problem.check_equal(resumed.train(read, 2), trainer.train(state, 2))
 
 
+@pytest.mark.full
 class TestZero1:
     """MaxText shards optimizer states over data, and then params like the moments."""
 
@@ -238,6 +240,7 @@ def over_data(x, sharding):
     return NamedSharding(sharding.mesh, P(*spec))
 
 
+@pytest.mark.full
 def test_bias_sharded_by_all_devices():
     """A bias that is not in codes has no stub beside it that could not be sharded."""
     mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
@@ -281,6 +284,7 @@ def test_state_sharding_of_boxed_params(logical):
         assert x.sharding.is_equivalent_to(s, x.ndim)
 
 
+@pytest.mark.full
 def test_steps_that_are_skipped_by_cond():
     """MaxText's ``skip_step_on_spikes``: an update under ``lax.cond``, or none."""
 
@@ -324,6 +328,7 @@ def test_steps_that_are_skipped_by_cond():
         assert not np.array_equal(*kernels)
 
 
+@pytest.mark.full
 def test_moments_in_half_precision():
     """A trainer's ``mu_dtype``, and ``lax.cond`` where a step is not finite."""
     params = unboxed(MODEL.init(jax.random.key(0), problem.X)["params"])

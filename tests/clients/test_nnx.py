@@ -157,6 +157,7 @@ def test_our_optimizer():
     problem.check_close("our nnx Optimizer, adamw8", weights, stock, start, 0.02)
 
 
+@pytest.mark.full
 def test_bias_sharded_by_all_devices():
     """A bias that is not in codes has no stub beside it that could not be sharded."""
     tx = optax_flash.adamw8(1e-3)
@@ -318,6 +319,7 @@ class NewerTunix(Tunix):
         return nnx.cond(is_last, update, skip, model, optimizer, accumulators)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trainer_class", [Tunix, NewerTunix])
 def test_tunix(trainer_class, tmp_path):
     def injected(factory):
@@ -358,6 +360,7 @@ def test_tunix(trainer_class, tmp_path):
         )
 
 
+@pytest.mark.full
 def test_a_state_whose_floats_were_cast():
     """Some snapshots of Tunix cast all floats of a state to float32: scales as well.
 
@@ -374,6 +377,7 @@ def test_a_state_whose_floats_were_cast():
             step(model, optimizer)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", [("x", None), (None, "x")], ids=str)
 @pytest.mark.parametrize(
     "make",
