@@ -91,6 +91,7 @@ class TestNarrowGradients:
                     found[leaf], expected[leaf], rtol=1e-3, err_msg=f"{rate} {leaf}"
                 )
 
+    @pytest.mark.full
     def test_low_rank_updates_are_those_of_float32_gradients(self):
         params = random("float32")
         for make in (
@@ -105,6 +106,7 @@ class TestNarrowGradients:
                 assert np.max(np.abs(expected[leaf])) > 0
                 np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-5)
 
+    @pytest.mark.full
     def test_without_params_the_gradient_decides(self):
         for tx in (
             optax_flash.scale_by_adam8(),
@@ -197,6 +199,7 @@ def test_a_state_keeps_its_dtypes_and_an_update_has_the_wider(name):
 
 
 class TestFloat64:
+    @pytest.mark.full
     @pytest.mark.parametrize("name", ["lora_pre", "lora_pre_muon", "lowrank_adam"])
     def test_low_rank_factors_are_carried_by_scan(self, name):
         """Their arithmetic is float32's, whatever the params are."""

@@ -165,7 +165,11 @@ def test_default_is_for_four_bits(codec, default):
 
 @pytest.mark.parametrize(
     "inner",
-    [optax.adamw(1e-3), optax.sgd(1e-3, 0.9), optax.contrib.ademamix(1e-3)],
+    [
+        optax.adamw(1e-3),
+        pytest.param(optax.sgd(1e-3, 0.9), marks=pytest.mark.full),
+        pytest.param(optax.contrib.ademamix(1e-3), marks=pytest.mark.full),
+    ],
     ids=["adamw", "sgd", "ademamix"],
 )
 def test_kernels_make_up_for_the_same(inner):

@@ -36,6 +36,7 @@ def normal_updates(tx):
     return jnp.stack(largest)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adam", "adan"])
 @pytest.mark.parametrize("storage", STORAGE[1:])
 def test_updates_of_normal_gradients_in_a_warmup(name, storage):

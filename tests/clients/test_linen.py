@@ -171,6 +171,7 @@ def test_maxtext_with_factors(tmp_path):
     assert problem.difference(other, ours, start) < 1e-4
 
 
+@pytest.mark.full
 def test_our_train_state(tmp_path):
     """Half precision under the same calls, and flax's msgpack."""
     tx = optax_flash.adamw8(1e-3)
@@ -366,6 +367,7 @@ class TestMsgpack:
             read.apply_gradients(grads=grads), state.apply_gradients(grads=grads)
         )
 
+    @pytest.mark.full
     def test_other_codecs(self):
         """Codes of another codec have the same shapes: names are what tells."""
         _, state = self.saved(optax_flash.adamw8(1e-3))

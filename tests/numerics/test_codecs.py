@@ -199,10 +199,16 @@ def test_error_and_sign(codec, jitted):
     check()
 
 
+# All that is far below the first code, and what is not.
+BESIDE_AN_OUTLIER = np.float32(np.tile(np.logspace(0, -25, 40), (3, 1)))
+
+
 @pytest.mark.parametrize("codec", quick(DEFAULTS, UNSIGNED), ids=repr)
 def test_positive_second_moments_stay_positive(codec):
     @settings(max_examples=40)
     @hypothesis.given(arrays(codec, [(3, 40)]), seeds)
+    @hypothesis.example(BESIDE_AN_OUTLIER, None)
+    @hypothesis.example(BESIDE_AN_OUTLIER, np.uint32(0))
     def check(x, seed):
         codes, _, decoded = jitted_roundtrip(codec, x, seed)
         if has_zero(codec):
