@@ -138,7 +138,12 @@ def test_each_epoch_holds_every_window_once_in_an_order_of_its_own(sources):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(optimizer="adamw", param_dtype="float32"), dict(optimizer="adamw8")],
+    [
+        dict(optimizer="adamw8"),
+        pytest.param(
+            dict(optimizer="adamw", param_dtype="float32"), marks=pytest.mark.full
+        ),
+    ],
     ids=lambda options: options["optimizer"],
 )
 def test_learns_more_than_byte_frequencies(config, sources, options):
@@ -229,6 +234,7 @@ def test_numerics_are_logged(config, tmp_path):
     assert all(1e-5 < rms < 1e-3 for rms in numerics["update_rms"].values())
 
 
+@pytest.mark.full
 def test_a_learning_rate_that_is_too_small_is_named(config):
     config = dataclasses.replace(config, steps=2, warmup=0, report_every=2)
     with pytest.warns(UserWarning) as warned:

@@ -98,7 +98,7 @@ def assert_same_bits(found, expected):
 
 @pytest.mark.parametrize(
     "shape, bits, codec",
-    quick([((5, 200), 24, "companded8"), ((64, 256), None, "companded4")], CASES),
+    quick([((5, 200), 24, "companded8")], CASES),
     ids=str,
 )
 def test_equals_xla_on_any_shape(shape, bits, codec):
@@ -109,7 +109,7 @@ def test_equals_xla_on_any_shape(shape, bits, codec):
     assert_same_bits(on_tpu(program, operands), expected)
 
 
-@pytest.mark.parametrize("name", quick(["adamw", "lion"], OPTIMIZERS))
+@pytest.mark.parametrize("name", quick(["lion"], OPTIMIZERS))
 def test_equals_xla_for_any_optimizer(name):
     program = program_of(OPTIMIZERS[name](), (9, 300), 24)
     assert mosaic.reason(program) is None
