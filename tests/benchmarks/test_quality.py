@@ -17,6 +17,8 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.training import Trainer, study
 from benchmarks.study.statistics import difference
 
+pytestmark = pytest.mark.full
+
 SIZE = 12  # of the pictures, in pixels
 
 

@@ -21,6 +21,8 @@ from benchmarks.study.page import markdown, page, report, results
 from benchmarks.study.plots import curve
 from benchmarks.study.verdicts import MET, MISSED, NOT_TESTABLE, judge, verdicts
 
+pytestmark = pytest.mark.full
+
 CRITERIA = [
     {
         "name": "Memory falls by 20 %",

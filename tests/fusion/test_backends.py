@@ -84,6 +84,7 @@ def pallas_lowers(name, dtype):
     return True
 
 
+@pytest.mark.full
 def test_what_pallas_lacks_is_known_exactly():
     names = ELEMENTWISE - DROPPED
     for name in names:

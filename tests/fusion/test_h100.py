@@ -65,6 +65,7 @@ def state_bytes(tx, params):
 
 
 CODECS = ("companded8", "companded4")
+KINDS = (AxisType.Auto, AxisType.Explicit)
 
 
 def test_triton_is_the_default():
@@ -107,8 +108,9 @@ def test_triton_keeps_ragged_rows_in_registers(codecs):
     assert assemble(ptx, "h100").spilled == 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize(
+    "name, bits", [*((name, 24) for name in OPTIMIZERS), ("adamw", 32), ("sgd", 32)]
+)
 def test_one_kernel_in_place(name, bits):
     tx = finished(OPTIMIZERS[name](), bits)
     compiled = compile_step(tx, matrix())
@@ -178,24 +180,32 @@ def test_ragged_rows():
     assert compiled.temporaries < MEGABYTE
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+# Pairs: every spec with both kinds of mesh and with both codecs, and those together.
 @pytest.mark.parametrize(
-    "devices, spec",
+    "devices, spec, kinds",
     [
-        ((8, 1), ("fsdp",)),
-        ((8, 1), (None, "fsdp")),
-        ((4, 2), ("fsdp", "tp")),
-        ((4, 2), (("fsdp", "tp"), None)),
+        ((8, 1), ("fsdp",), KINDS),
+        ((8, 1), (None, "fsdp"), KINDS[::-1]),
+        ((4, 2), ("fsdp", "tp"), KINDS),
+        ((4, 2), (("fsdp", "tp"), None), KINDS[::-1]),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("codecs", CODECS)
-def test_eight_gpus_exchange_nothing(devices, spec, kind, codecs):
+def test_eight_gpus_exchange_nothing(devices, spec, kinds, codecs):
+    kind = kinds[CODECS.index(codecs)]
     check_eight_gpus(devices, spec, kind, codecs)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
-    "backend, target", [("triton", "b200"), ("pallas", "h100"), ("pallas", "b200")]
+    "backend, target, kind",
+    [
+        ("triton", "b200", AxisType.Explicit),
+        ("pallas", "h100", AxisType.Auto),
+        ("pallas", "h100", AxisType.Explicit),
+        ("pallas", "b200", AxisType.Auto),
+    ],
+    ids=str,
 )
 def test_eight_of_each_gpu_exchange_nothing(backend, target, kind):
     check_eight_gpus((4, 2), ("fsdp", "tp"), kind, "companded8", backend, target)

@@ -72,10 +72,16 @@ def test_temporaries_and_kernels(dtype):
     assert compiled.kernels.total() <= 80
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+# Both kinds of mesh with the spec that splits both axes, and with one other each.
 @pytest.mark.parametrize(
-    "devices, spec",
-    [((8, 1), ("fsdp", None)), ((1, 8), (None, "tp")), ((4, 2), ("fsdp", "tp"))],
+    "devices, spec, kind",
+    [
+        ((8, 1), ("fsdp", None), AxisType.Auto),
+        ((1, 8), (None, "tp"), AxisType.Explicit),
+        ((4, 2), ("fsdp", "tp"), AxisType.Auto),
+        ((4, 2), ("fsdp", "tp"), AxisType.Explicit),
+    ],
+    ids=str,
 )
 def test_eight_gpus_exchange_no_more_than_factors(devices, spec, kind):
     mesh = mesh_of(devices, ("fsdp", "tp"), kind)

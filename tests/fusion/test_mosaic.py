@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.fusion import fuse
@@ -29,8 +30,9 @@ OPTIMIZERS = {
     "amsgrad": lambda: optax.amsgrad(1e-2),
 }
 CASES = [
-    *((shape, 24, "companded8") for shape in [(64, 256), (5, 200), (3, 7, 96)]),
-    *((shape, None, "companded4") for shape in [(64, 256), (5, 200), (3, 7, 96)]),
+    ((64, 256), None, "companded4"),
+    ((5, 200), 24, "companded8"),
+    ((3, 7, 96), None, "companded4"),
     # More columns than a block has.
     ((4100,), 24, "companded8"),
     ((2, 4290), None, "companded4"),
@@ -94,7 +96,11 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(*bits)
 
 
-@pytest.mark.parametrize(["shape", "bits", "codec"], CASES, ids=str)
+@pytest.mark.parametrize(
+    "shape, bits, codec",
+    quick([((5, 200), 24, "companded8")], CASES),
+    ids=str,
+)
 def test_equals_xla_on_any_shape(shape, bits, codec):
     program = program_of(optax.adamw(1e-2), shape, bits, codec)
     assert mosaic_tpu.unsupported(program, None) is None
@@ -103,7 +109,7 @@ def test_equals_xla_on_any_shape(shape, bits, codec):
     assert_same_bits(on_tpu(program, operands), expected)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["lion"], OPTIMIZERS))
 def test_equals_xla_for_any_optimizer(name):
     program = program_of(OPTIMIZERS[name](), (9, 300), 24)
     assert mosaic_tpu.unsupported(program, None) is None
@@ -129,7 +135,7 @@ def test_a_shard_draws_the_bits_of_its_place():
     assert_same_bits(found, [part(*x) for x in rows])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", quick([np.inf], [np.nan, np.inf, -np.inf]))
 def test_what_is_not_finite_stays_in_its_group(bad):
     program = program_of(optax.adamw(1e-2), (32, 256))
     operands = operands_of(program)
