@@ -21,13 +21,12 @@ PACKAGE = ROOT / "optax_flash"
 # Packages and modules of optax_flash, by layer: each may import from its own layer and
 # from those before it. The longest name that fits a module counts.
 LAYERS = [
-    {"codecs"},
+    {"codecs", "meshes"},
     {"fusion"},
     {"fusion.backends"},
     {"transforms", "lowrank"},
     {
         "aliases",
-        "derivatives",
         "flax",
         "io",
         "plan",
