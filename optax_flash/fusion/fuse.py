@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash.codecs import hashing
-from optax_flash.fusion import parts, untraced
+from optax_flash.fusion import backends, parts, untraced
 from optax_flash.fusion import split as splits
-from optax_flash.fusion.backends.choose import IMPLEMENTATIONS, misfit
 from optax_flash.fusion.jaxprs import ClosedJaxpr, Env, as_fun, read, trace_state
 from optax_flash.fusion.tangents import moves
 
@@ -111,10 +110,10 @@ def is_differentiated() -> bool:
 
 def check_implementation(implementation: str | None) -> None:
     """Raises a ValueError where no such implementation is known."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in backends.names():
         raise ValueError(
             f"Unknown implementation {implementation!r}. Known names: "
-            f"{', '.join(IMPLEMENTATIONS)}. None takes the best for the platform."
+            f"{', '.join(backends.names())}. None takes the best for the platform."
         )
 
 
@@ -262,7 +261,7 @@ def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
     reasons: dict[str, list[str]] = {}
     for leaf in all_leaves:
         if leaf.program:
-            reason = misfit(leaf.program, implementation)
+            reason = backends.unsupported(leaf.program, implementation)
         else:
             reason = leaf.reason
         if reason:

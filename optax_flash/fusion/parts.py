@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_flash.fusion import primitive
+from optax_flash.fusion import backends, primitive
 from optax_flash.fusion import program as programs
-from optax_flash.fusion.backends.choose import SMALL, TOGETHER
 from optax_flash.fusion.jaxprs import (
     ClosedJaxpr,
     Env,
@@ -42,7 +41,7 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
 
 def is_small(size: int) -> bool:
     """Whether a leaf of so many elements shares a kernel with others."""
-    return size < SMALL
+    return size < backends.SMALL
 
 
 def is_op(eqn: Any) -> bool:
@@ -175,12 +174,12 @@ def _batches(leaves: list[Leaf], sliced: bool) -> Iterator[list[Leaf]]:
         rest = []
         for alike in family.values():
             # Whole batches of one program, which are traced and compiled once.
-            full = len(alike) // TOGETHER * TOGETHER
-            for i in range(0, full, TOGETHER):
-                yield alike[i : i + TOGETHER]
+            full = len(alike) // backends.TOGETHER * backends.TOGETHER
+            for i in range(0, full, backends.TOGETHER):
+                yield alike[i : i + backends.TOGETHER]
             rest += alike[full:]
-        for i in range(0, len(rest), TOGETHER):
-            yield rest[i : i + TOGETHER]
+        for i in range(0, len(rest), backends.TOGETHER):
+            yield rest[i : i + backends.TOGETHER]
 
 
 def _by_leaf(eqn: Any) -> list[Any]:
