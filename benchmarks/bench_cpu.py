@@ -1,6 +1,6 @@
 """Optimizer steps on a CPU, as ratios to optax.
 
-    python benchmarks/bench_cpu.py
+    python -m benchmarks.bench_cpu
 
 Times whole steps (update and ``optax.apply_updates``, one jitted function that donates
 params and state) on one large leaf and on 300 small ones, all contenders in one
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from contenders import (
+
+import optax_flash
+from benchmarks.contenders import (
     LEARNING_RATE,
     WEIGHT_DECAY,
     JaxContender,
@@ -30,9 +32,7 @@ from contenders import (
     optax_float32,
     transformation,
 )
-from rounds import METHOD, alternate, median_ms
-
-import optax_flash
+from benchmarks.rounds import METHOD, alternate, median_ms
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "bench_cpu.json"
 
@@ -175,7 +175,7 @@ def main() -> None:
         parser.error("--tiny needs --out with another file")
     jax.config.update("jax_platforms", "cpu")
     result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_cpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.bench_cpu", *sys.argv[1:]]),
         "tiny": args.tiny,
         "machine": machine(),
         "method": METHOD,

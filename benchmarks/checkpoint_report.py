@@ -1,6 +1,6 @@
 """Checkpoints: bytes on disk, seconds, and whether a flipped bit is noticed.
 
-    python benchmarks/checkpoint_report.py
+    python -m benchmarks.checkpoint_report
 
 Prints JSON; docs/checkpoints.md quotes it.
 """

@@ -3,6 +3,9 @@
 Params are a dictionary, as ``optax_flash.plan`` has it: ``"embed"``, ``"blocks"``
 (every layer stacked along a first axis, run by ``lax.scan``) and ``"head"``.
 Activations are bfloat16, whatever the params are in.
+
+GPT-2 is that of ``examples/lm``, with queries, keys and values in one matrix, as in
+published weights; ``tests/benchmarks/test_decoders.py`` compares their losses.
 """
 
 import dataclasses

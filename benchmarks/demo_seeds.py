@@ -1,6 +1,6 @@
 """The demo over several seeds: does adamw8 end within the seeds' spread of AdamW?
 
-    python benchmarks/demo_seeds.py
+    python -m benchmarks.demo_seeds
 
 Writes benchmarks/results/demo_seeds.json and prints its summary. A seed decides the
 initial weights and the order of the data, the same for both optimizers.
@@ -15,11 +15,9 @@ import sys
 
 import jax
 
+from examples.lm.demo import compare, demo_config
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from examples.lm.demo import compare, demo_config  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "demo_seeds.json"
 
 
@@ -51,7 +49,7 @@ def main() -> None:
             losses.setdefault(name, []).append(run["val_loss"])
             print(f"seed {seed}  {name:40} {run['val_loss']:.4f}", flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/demo_seeds.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.demo_seeds", *sys.argv[1:]]),
         "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
         "jax": jax.__version__,
         "seeds": args.seeds,

@@ -1,6 +1,6 @@
 """The first steps of every optimizer with momenta, with its state in codes.
 
-    python benchmarks/first_steps.py
+    python -m benchmarks.first_steps
 
 Writes benchmarks/results/first_steps.md. With words, runs only the rows whose names
 have one of them, and prints those.
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
-from optimizer_table import BATCH, evaluate, init_params, loss_fn, sample
 
 import optax_flash
+from benchmarks.optimizer_table import BATCH, evaluate, init_params, loss_fn, sample
 
 SEEDS = 8
 STEPS = 50

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from contenders import Shapes
-from gpu_checks import DRY_SHAPES, SHAPES
+import jax
+
+from benchmarks.contenders import Shapes
+from benchmarks.gpu_checks import DRY_SHAPES, SHAPES
+from optax_flash.plan import from_config
 
 
 class Plan(NamedTuple):
@@ -32,11 +35,15 @@ class Plan(NamedTuple):
 
 
 def gpt2(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
-    """All leaves of a GPT-2: embeddings, blocks, last norm."""
-    block = [(width,), (width,), (width, 3 * width), (3 * width,)]
-    block += [(width, width), (width,), (width,), (width,)]
-    block += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(vocabulary, width), (context, width), *layers * block, (width,), (width,)]
+    """All leaves of a GPT-2, where each layer has its own."""
+    sizes = {"n_layer": layers, "n_embd": width, "vocab_size": vocabulary}
+    config = {"model_type": "gpt2", "n_positions": context, **sizes}
+    params = from_config(config).params
+    embed, blocks, head = (
+        [x.shape for x in jax.tree.leaves(params[part])]
+        for part in ("embed", "blocks", "head")
+    )
+    return [*embed, *layers * [shape[1:] for shape in blocks], *head]
 
 
 def llama_layer(width: int, key_width: int, hidden: int) -> Shapes:

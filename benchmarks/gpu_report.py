@@ -1,6 +1,6 @@
 """Correctness and speed of the fused kernels on one GPU, beside other optimizers.
 
-    python benchmarks/gpu_report.py
+    python -m benchmarks.gpu_report
 
 Compares codes and weights with those of plain JAX on the same device, times all
 contenders in one run, relates the bytes that they move to the bandwidth of a copy, and
@@ -32,7 +32,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from contenders import (  # noqa: E402
+
+import optax_flash  # noqa: E402
+from benchmarks.contenders import (  # noqa: E402
     LOOP_STEPS,
     Absent,
     Shapes,
@@ -42,13 +44,11 @@ from contenders import (  # noqa: E402
     ours,
     require,
 )
-from gpu_checks import CASES, LIMITS, check  # noqa: E402
-from gpu_page import draw_chart, markdown  # noqa: E402
-from gpu_plan import DRY, REAL, Plan  # noqa: E402
-from rounds import METHOD, alternate, reason, timed_calls  # noqa: E402
-from torch_contenders import flashoptim, torch_fused  # noqa: E402
-
-import optax_flash  # noqa: E402
+from benchmarks.gpu_checks import CASES, LIMITS, check  # noqa: E402
+from benchmarks.gpu_page import draw_chart, markdown  # noqa: E402
+from benchmarks.gpu_plan import DRY, REAL, Plan  # noqa: E402
+from benchmarks.rounds import METHOD, alternate, reason, timed_calls  # noqa: E402
+from benchmarks.torch_contenders import flashoptim, torch_fused  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = (
@@ -237,7 +237,7 @@ def main(args: list[str] | None = None) -> int:
     checks = run_checks(plan)
     report: dict[str, Any] = {
         "dry_run": parsed.dry_run,
-        "command": " ".join(["python", "benchmarks/gpu_report.py", *args]),
+        "command": " ".join(["python", "-m", "benchmarks.gpu_report", *args]),
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": versions(),

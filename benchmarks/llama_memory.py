@@ -1,6 +1,6 @@
 """What a Llama-3.1-8B fine-tuning step takes on H100s, compiled without any.
 
-    python benchmarks/llama_memory.py
+    python -m benchmarks.llama_memory
 
 XLA compiles the whole step (loss, gradients, update) for H100s that are not there, from
 shapes alone, and says how much memory it takes: arguments, outputs and temporaries,
@@ -23,7 +23,6 @@ import sys
 import time
 from typing import Any
 
-import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +31,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_flash
+from benchmarks import decoders
 from optax_flash import plan, release
 from optax_flash.plan import optimizers, shards
 
 ROOT = pathlib.Path(__file__).parent.parent
-TARGET = ROOT / "tests/fusion/h100.textproto"
+TARGET = ROOT / "benchmarks/h100.textproto"
 RESULTS = ROOT / "benchmarks/results"
 GIB = 2**30
 
@@ -254,7 +254,7 @@ def page(results: dict[str, list[dict[str, Any]]]) -> str:
     """All tables."""
     parts = [
         "# A fine-tuning step of Llama-3.1-8B on H100s\n\nCompiled, not run: "
-        "`python benchmarks/llama_memory.py`. GiB on each device. Weights are float32 "
+        "`python -m benchmarks.llama_memory`. GiB on each device. Weights are float32 "
         "with `adamw` and else 16 + 8 bits, of which 8 count as state."
     ]
     for name, rows in results.items():

@@ -1,6 +1,6 @@
 """Negative second moments that truncation leaves: what to do with them, in float64.
 
-python benchmarks/lowrank_negatives.py
+python -m benchmarks.lowrank_negatives
 """
 
 import numpy as np

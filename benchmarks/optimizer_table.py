@@ -1,6 +1,6 @@
 """Every optimizer of optax and optax.contrib under ``compress``, as tables.
 
-    python benchmarks/optimizer_table.py
+    python -m benchmarks.optimizer_table
 
 Trains one small model with each optimizer, as it is and compressed, from the same seeds
 on the same batches, and writes docs/optimizers.md. With words, runs only the rows whose
@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optimizer_cases import Case, LeftAlone, cases, left_alone
 
 import optax_flash
+from benchmarks.optimizer_cases import Case, LeftAlone, cases, left_alone
 
 PyTree = Any
 
@@ -38,7 +38,7 @@ INTRODUCTION = """\
 
 `optax_flash.compress` takes any optax transformation. This page is the output of
 
-    python benchmarks/optimizer_table.py
+    python -m benchmarks.optimizer_table
 
 which trains a model of {size:,} parameters (embedding, hidden layer, readout: it
 predicts a token from the two before it) with every optimizer of `optax` and
@@ -66,7 +66,7 @@ not change and whose elements' sizes are lognormal (sigma 1).
 NOTES = """\
 
 - The harm grows with the steps: after 20,000
-  (`python benchmarks/optimizer_table.py --long-steps 20000 ademamix`) AdEMAMix has a
+  (`python -m benchmarks.optimizer_table --long-steps 20000 ademamix`) AdEMAMix has a
   loss of 2.855 ± 0.008 as it is and of 2.863 ± 0.009 (+0.28 %) with m2 in codes.
 - AMSGrad's nu is in codes by default, since the losses do not differ. Where smaller
   steps matter, `compress(optax.amsgrad(...), {"nu": None})` avoids them.

@@ -1,6 +1,6 @@
 """Memory of whole train steps with and without gradient release, compiled for one H100.
 
-    JAX_PLATFORMS=cpu .venv-cuda/bin/python benchmarks/release_memory.py
+    JAX_PLATFORMS=cpu .venv-cuda/bin/python -m benchmarks.release_memory
 
 Nothing is run, so no GPU is needed: XLA says what it would allocate. Writes
 results/release_memory.json.
@@ -9,18 +9,16 @@ results/release_memory.json.
 import dataclasses
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import optax_flash
+from benchmarks.h100 import mesh_of, sharded_like
 from optax_flash import release
 
 ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "tests" / "fusion"))
-from h100 import mesh_of, sharded_like  # noqa: E402
 
 RESULT = ROOT / "results" / "release_memory.json"
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from contenders import Absent, Shapes
+from benchmarks.contenders import Absent, Shapes
 
 WARMUP_CALLS = 2
 TRIAL_CALLS = 3

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from contenders import LEARNING_RATE, WEIGHT_DECAY, Absent, Shapes, require
+from benchmarks.contenders import LEARNING_RATE, WEIGHT_DECAY, Absent, Shapes, require
 
 
 class TorchRun:

@@ -95,7 +95,7 @@ def measure(name, kind):
 
 def table(rows):
     lines = [
-        f"`python benchmarks/tpu_report.py`, compiled by XLA, not run: jax "
+        f"`python -m benchmarks.tpu_report`, compiled by XLA, not run: jax "
         f"{jax.__version__}, one leaf of {SHAPE[0]}x{SHAPE[1]}.",
         "",
         "| device | step | our kernels | bytes accessed a parameter | temporary MB |",

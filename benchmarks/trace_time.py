@@ -1,6 +1,6 @@
 """Time to trace and lower one update on many leaves, against ``optax.adamw``.
 
-    python benchmarks/trace_time.py
+    python -m benchmarks.trace_time
 
 512 leaves of 4 distinct shapes. Every measurement is a new process, as tracing is cold
 when a training starts; the contenders alternate. Prints medians and their ratio.
@@ -52,7 +52,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(args.rounds):
         for name, times in seconds.items():
-            command = [sys.executable, __file__, "--only", name]
+            command = [sys.executable, "-m", "benchmarks.trace_time", "--only", name]
             command += ["--leaves", str(args.leaves)]
             output = subprocess.run(command, check=True, capture_output=True, text=True)
             times.append(float(output.stdout))

@@ -7,7 +7,6 @@ whatever the params are stored in, so that only the optimizer differs between tw
 
 import gzip
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.lm.model import GPT, GPTConfig
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from examples.lm.model import GPT, GPTConfig  # noqa: E402
-
 FASHION_MNIST = ROOT / "data" / "fashion-mnist"
 HELD_OUT = 0.07  # of each text, its end
 

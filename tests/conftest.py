@@ -30,6 +30,13 @@ def quick_compile_fixture():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(name="strict_types")
+def strict_types_fixture():
+    """No dtype is promoted, and no axis is added, that nobody asked for."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture(name="cache_environment", scope="session")
 def cache_environment_fixture():
     """Variables by which another process shares this one's compiled programs."""

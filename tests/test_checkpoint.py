@@ -321,6 +321,7 @@ def test_full_disk(limit, trained, checkpoints):
 # --- deaths
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_nothing_is_lost(tmp_path):
     kills = 24
     tests = pathlib.Path(__file__).parent

@@ -134,6 +134,7 @@ def test_they_are_those_of_stock_optax_within_one_percent():
     assert not failures, failures
 
 
+@pytest.mark.full
 def test_at_the_values_of_the_run_they_are_exact():
     failures = []
     for case in ("nesterov8", "adamw8", "sgd4", "adam4", "finished", "float16"):
@@ -174,6 +175,7 @@ def test_forward_reverse_and_batched_agree(case):
     assert distance(of_sum, of_each) < limit
 
 
+@pytest.mark.full
 def test_second_derivatives_are_those_of_stock_optax():
     def curvature(make):
         def slope(lr):
@@ -286,6 +288,7 @@ def test_kernels_compute_the_values_and_xla_the_derivatives():
         assert distance(*pair) < 1e-5
 
 
+@pytest.mark.full
 def test_factors_in_codes_carry_them_too():
     def low_rank(lr, min_size=64):
         adam = optax_flash.scale_by_lora_pre(rank=4)

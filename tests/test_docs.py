@@ -55,6 +55,12 @@ def pages_with(language):
     return [page for page in PAGES if f"```{language}" in PAGES[page]]
 
 
+def quick_first(pages):
+    """Pages to run: those that people see first, and in the full tier the others."""
+    first = ("README.md", "docs/index.md")
+    return [p if p in first else pytest.param(p, marks=pytest.mark.full) for p in pages]
+
+
 def given(page):
     """The README begins in the middle of a program."""
     if page != "README.md":
@@ -64,7 +70,7 @@ def given(page):
     return {"optax": optax, "optax_flash": optax_flash} | locals()
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", quick_first(pages_with("python")))
 def test_python_runs(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = given(page)
@@ -116,9 +122,9 @@ def commands(page):
     lines = bash.splitlines() + re.findall(r"^    (\S.*)$", text, re.M)
     lines += re.findall(r"`([^`\n]+)`", text)
     return [
-        line.strip().removeprefix("PYTHONPATH=benchmarks ")
+        line.strip()
         for line in lines
-        if re.match(r"(PYTHONPATH=\S+ )?(make|python3?) [\w.]|python -m", line.strip())
+        if re.match(r"(make|python3?) [\w.]|python -m", line.strip())
     ]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick
 
 import optax_flash
 from optax_flash import compress, master_weights
@@ -63,8 +64,19 @@ class TestNarrowGradients:
         ),
     }
 
-    @pytest.mark.parametrize("name", PAIRS)
-    @pytest.mark.parametrize("dtype", NARROW)
+    # Every transformation with one dtype, but the first with both.
+    @pytest.mark.parametrize(
+        "name, dtype",
+        quick(
+            [
+                ("adamw8", NARROW[0]),
+                ("lion8", NARROW[0]),
+                ("master_weights", NARROW[0]),
+            ],
+            [("adam8", NARROW[1])]
+            + [(name, NARROW[i % 2]) for i, name in enumerate(PAIRS)],
+        ),
+    )
     def test_updates_are_those_of_stock_optax(self, name, dtype):
         ours, stock = self.PAIRS[name]
         params, grads = random("float32"), random(dtype, 1)
@@ -79,6 +91,7 @@ class TestNarrowGradients:
                     found[leaf], expected[leaf], rtol=1e-3, err_msg=f"{rate} {leaf}"
                 )
 
+    @pytest.mark.full
     def test_low_rank_updates_are_those_of_float32_gradients(self):
         params = random("float32")
         for make in (
@@ -93,6 +106,7 @@ class TestNarrowGradients:
                 assert np.max(np.abs(expected[leaf])) > 0
                 np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-5)
 
+    @pytest.mark.full
     def test_without_params_the_gradient_decides(self):
         for tx in (
             optax_flash.scale_by_adam8(),
@@ -160,7 +174,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", quick(["adamw8", "lora_pre"], EVERY))
 def test_a_state_keeps_its_dtypes_and_an_update_has_the_wider(name):
     """Of gradient and param; with float64 and without."""
 
@@ -187,6 +201,7 @@ def test_a_state_keeps_its_dtypes_and_an_update_has_the_wider(name):
 
 
 class TestFloat64:
+    @pytest.mark.full
     @pytest.mark.parametrize("name", ["lora_pre", "lora_pre_muon", "lowrank_adam"])
     def test_low_rank_factors_are_carried_by_scan(self, name):
         """Their arithmetic is float32's, whatever the params are."""

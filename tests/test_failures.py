@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick
 
 import optax_flash
 
@@ -58,7 +59,7 @@ def bounds_fixture(codec):
     return CODECS[codec]
 
 
-@pytest.fixture(params=["xla", "interpret"], name="implementation")
+@pytest.fixture(params=quick(["xla"], ["xla", "interpret"]), name="implementation")
 def implementation_fixture(request):
     """Plain JAX, and the kernel in an interpreter."""
     return request.param

@@ -71,9 +71,12 @@ def from_shapes(params, mesh):
     "optimizer, annotate, param_sharding",
     [
         ("adamw4", named, from_names),
-        ("adamw4", nn.with_logical_partitioning, from_logical_names),
-        ("adamw4", None, from_shapes),
-        ("low rank", named, from_names),
+        pytest.param(
+            *("adamw4", nn.with_logical_partitioning, from_logical_names),
+            marks=pytest.mark.full,
+        ),
+        pytest.param("adamw4", None, from_shapes, marks=pytest.mark.full),
+        pytest.param("low rank", named, from_names, marks=pytest.mark.full),
     ],
     ids=["names", "logical names", "no names", "low rank"],
 )
@@ -134,10 +137,15 @@ class Model(nnx.Module):
 @pytest.mark.parametrize(
     "optimizer, names, transform",
     [
-        ("adamw4", ("fsdp", "tp"), lambda create: create),
+        pytest.param(
+            *("adamw4", ("fsdp", "tp"), lambda create: create), marks=pytest.mark.full
+        ),
         ("adamw4", ("embed", "hidden"), nnx.jit),
-        ("low rank", ("embed", "hidden"), lambda create: create),
-        ("low rank", ("fsdp", "tp"), nnx.jit),
+        pytest.param(
+            *("low rank", ("embed", "hidden"), lambda create: create),
+            marks=pytest.mark.full,
+        ),
+        pytest.param("low rank", ("fsdp", "tp"), nnx.jit, marks=pytest.mark.full),
     ],
     ids=["eager", "logical names in jit", "low rank", "low rank in jit"],
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import processes
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,6 +52,7 @@ def to_bytes(x):
     return np.asarray(x).reshape(-1).view(np.uint8)
 
 
+@pytest.mark.full
 def test_two_processes(tmp_path):
     at = processes.address()
     processes.run(*([__file__, at, i, tmp_path / "leaves.npz"] for i in range(2)))

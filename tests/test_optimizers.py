@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
+from tiers import quick
 
 from optax_flash import Affine8, Companded8, compress, state_format
 
@@ -74,7 +75,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(params=OPTIMIZERS, name="optimizer")
+QUICK = ("adamw", "lion", "sgd_nesterov", "muon")
+
+
+@pytest.fixture(params=quick(QUICK, OPTIMIZERS), name="optimizer")
 def optimizer_fixture(request):
     return OPTIMIZERS[request.param]
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from quality.conditions import Condition, matrices
 
 import optax_flash
+from benchmarks.quality.conditions import Condition, matrices
 
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -26,8 +26,8 @@ LEARNING_RATES = {
     "tamed": 3e-3,
 }
 """Peaks: of three rates, a factor of three apart, the one with the lowest held-out
-loss after 200 steps from seed 100. For every rate: python -m budget --only "F, *"
---seeds 100 --steps 200 --learning-rate R --out O.
+loss after 200 steps from seed 100. For every rate: python -m benchmarks.budget
+--only "F, *" --seeds 100 --steps 200 --learning-rate R --out O.
 """
 
 SHARES = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125, "1/16": 0.0625}

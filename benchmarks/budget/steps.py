@@ -1,6 +1,6 @@
 """What a step costs, on a CPU: update and apply_updates, without the model.
 
-    PYTHONPATH=benchmarks python -m budget.steps
+    python -m benchmarks.budget.steps
 
 All conditions in one process, in turns, each a jitted function that donates params and
 state. Writes budget_steps.json: medians of the rounds, and ratios to float32 AdamW of
@@ -9,7 +9,6 @@ the same round.
 
 import argparse
 import functools
-import json
 import pathlib
 import platform
 import statistics
@@ -20,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import workloads
-from quality.conditions import Condition
+
+from benchmarks import summaries, workloads
+from benchmarks.quality.conditions import Condition
 
 from .conditions import conditions
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 CALLS = 10
 
 
@@ -80,20 +79,19 @@ def measure(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m budget.steps")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.budget.steps")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=summaries.RESULTS)
     options = parser.parse_args(args)
     found = measure(conditions(), workloads.gpt().init(0), options.rounds)
     content = {
-        "command": "python -m budget.steps",
+        "command": "python -m benchmarks.budget.steps",
         "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
         "jax": jax.__version__,
         "steps": found,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "budget_steps.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    summaries.write(path, content)
     for name, row in found.items():
         print(f"{name:45} {row['median_ms']:8.2f} ms  {row['median_ratio']:6.2f} x")
 

@@ -5,7 +5,7 @@
 Trains the GPT and the image model of benchmarks/workloads.py with float32 AdamW,
 records the gradients of some leaves of every kind (data/codec_lab, used again until
 --record), and runs every codec, rounding, scale and group of variants.py over them.
-Writes benchmarks/results/codec_lab.json, .md and .png.
+Writes codec_lab.json to runs/codec_lab, codec_lab.md and .png to benchmarks/results.
 """
 
 import argparse
@@ -13,20 +13,19 @@ import pathlib
 import sys
 import time
 
-import workloads
+from benchmarks import workloads
+from benchmarks.summaries import RESULTS, ROOT, RUNS
 
 from .evaluate import Lab
 from .report import choose_pairs, write
 from .streams import join, load, record, save
 from .variants import variants
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data/codec_lab")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of everything")
     parser.add_argument("--record", action="store_true", help="train and record again")
     parser.add_argument("--steps", type=int, default=1200, help="of training")
     parser.add_argument("--window", type=int, default=800, help="steps recorded")
@@ -62,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{variant.name}: {error} {took}", flush=True)
     pairs = list(lab.pairs(choose_pairs(fields)))
     print(f"{len(pairs)} pairs", flush=True)
-    write(args.out, streams, fields, pairs, " ".join(sys.argv[1:]))
+    raw, shown = args.out or RUNS / "codec_lab", args.out or RESULTS
+    write(raw, shown, streams, fields, pairs, " ".join(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -65,16 +65,18 @@ def belong_together(m: Variant, v: Variant) -> bool:
 
 
 def write(
-    folder: pathlib.Path,
+    raw: pathlib.Path,
+    shown: pathlib.Path,
     streams: Streams,
     fields: Sequence[FieldResult],
     pairs: Sequence[PairResult],
     command: str,
 ) -> None:
-    """Writes codec_lab.json, codec_lab.md and codec_lab.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes codec_lab.json to one folder, codec_lab.md and .png to another."""
+    for folder in (raw, shown):
+        folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "PYTHONPATH=benchmarks python -m codec_lab " + command,
+        "command": "python -m benchmarks.codec_lab " + command,
         "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
         "jax": jax.__version__,
         "workloads": streams.name,
@@ -83,18 +85,18 @@ def write(
         "b1": B1,
         "leaves": [leaf._asdict() for leaf in streams.leaves],
     }
-    shown = [r for b2 in B2S for r in worth_showing([p for p in pairs if p.b2 == b2])]
+    best = [r for b2 in B2S for r in worth_showing([p for p in pairs if p.b2 == b2])]
     # An entry a line.
     lists = {
         "fields": [json.dumps(_rounded(_field_entry(r))) for r in fields],
-        "pairs": [json.dumps(_rounded(_pair_entry(r))) for r in shown],
+        "pairs": [json.dumps(_rounded(_pair_entry(r))) for r in best],
     }
     parts = [json.dumps(about, indent=1)[:-2]]
     for key, rows in lists.items():
         parts.append(f'"{key}": [\n' + ",\n".join(rows) + "\n]")
-    (folder / "codec_lab.json").write_text(",\n".join(parts) + "\n}\n")
-    (folder / "codec_lab.md").write_text(markdown(streams, fields, pairs, command))
-    draw(pairs, folder / "codec_lab.png")
+    (raw / "codec_lab.json").write_text(",\n".join(parts) + "\n}\n")
+    (shown / "codec_lab.md").write_text(markdown(streams, fields, pairs, command))
+    draw(pairs, shown / "codec_lab.png")
 
 
 def _describe(variant: Variant) -> dict[str, Any]:
@@ -160,7 +162,7 @@ only group, under the others; then, stochastic if not said otherwise, by kind of
 INTRODUCTION = """\
 # Codec lab
 
-    PYTHONPATH=benchmarks python -m codec_lab{arguments}
+    python -m benchmarks.codec_lab{arguments}
 
 Gradients of training the {workloads} workload in float32 with `optax.adamw`, steps
 {first} to {last}, averaged again in codes: decode, average, encode at every step. The
@@ -179,7 +181,8 @@ its update that differ from float32's, with b1 = {lion[0]} and b2 = {lion[1]}.
 The gradients are those of the float32 run: what an update's error does to later
 gradients is not seen here. Of leaves above --max-size elements evenly spaced rows were
 recorded, so rank-1 scales are of fewer rows than they would be. Leaves, kinds and what
-else is not shown: `codec_lab.json`. Formats: `benchmarks/codec_lab/variants.py`.
+else is not shown: `codec_lab.json`, which this command leaves in `runs/codec_lab`.
+Formats: `benchmarks/codec_lab/variants.py`.
 """
 
 

@@ -1,9 +1,10 @@
 """Trains two workloads under every condition, over seeds: `make quality`.
 
-    PYTHONPATH=benchmarks python -m quality [--only "adamw, *" ...] [--out FOLDER]
+    python -m benchmarks.quality [--only "adamw, *" ...] [--out FOLDER]
 
-Writes quality.json after every run, and goes on from there when called again; then
-quality.md and quality.png.
+Writes runs/quality/runs.json after every run, and goes on from there when called again;
+then the summary: quality.json, quality.md and quality.png in benchmarks/results. With
+--out all of them are in that folder.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import workloads
-from workloads import Workload
+from benchmarks import workloads
+from benchmarks.summaries import RESULTS, RUNS
+from benchmarks.workloads import Workload
 
 from .comparison import summarize
 from .conditions import LEARNING_RATES, Condition, conditions, fitting
@@ -23,7 +25,6 @@ from .page import draw, markdown
 from .results import Results
 from .training import Trainer, study
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 STEPS = {"gpt": 800, "image": 1200}
 SEEDS = {
     "gpt": {"adamw, float32": 8, "adamw, 4 bits": 8},
@@ -75,8 +76,8 @@ def seeds(trainer: Trainer) -> range:
     return range(3)
 
 
-def write(results: Results, command: str) -> None:
-    """The summary into the results' file, and the page and the chart beside it."""
+def write(results: Results, folder: pathlib.Path, command: str) -> None:
+    """The summary, the page and the chart into a folder."""
     order = [condition.name for condition in conditions()]
 
     def place(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -86,14 +87,15 @@ def write(results: Results, command: str) -> None:
     results.runs.sort(key=place)
     results.describe(command, summarize(results.runs))
     page = markdown(results.content)
-    results.path.with_suffix(".md").write_text(page)
-    draw(results.content, results.path.with_suffix(".png"))
+    results.summarize(folder / "quality.json")
+    (folder / "quality.md").write_text(page)
+    draw(results.content, folder / "quality.png")
     print(page)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m quality", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.quality", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--seeds", type=int, nargs="+", help="else 3, 8 or 32")
@@ -102,19 +104,23 @@ def main(args: Sequence[str] | None = None) -> None:
         "--only", nargs="+", default=["*"], help='conditions, as in "lion, *"'
     )
     parser.add_argument("--learning-rate", type=float, help="to search for the best")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, help="folder of everything")
     options = parser.parse_args(args)
     chosen = fitting(conditions(), options.only)
     if not chosen:
         names = "; ".join(condition.name for condition in conditions())
         parser.error(f"no condition fits --only {options.only}; there are: {names}")
-    results = Results(options.out / "quality.json")
+    results = Results((options.out or RUNS / "quality") / "runs.json")
     models = [WORKLOADS[name]() for name in options.workload]
     settings = dict(steps=options.steps, learning_rate=options.learning_rate)
     for trainer in trainers(models, chosen, **settings):
         study(results, [trainer], options.seeds or seeds(trainer))
     given = sys.argv[1:] if args is None else args
-    write(results, shlex.join(["python", "-m", "quality", *given]))
+    write(
+        results,
+        options.out or RESULTS,
+        shlex.join(["python", "-m", "benchmarks.quality", *given]),
+    )
 
 
 if __name__ == "__main__":

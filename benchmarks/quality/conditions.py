@@ -21,8 +21,8 @@ LEARNING_RATES = {
 }
 """Peaks: of three or four rates, a factor of three apart, the one with the lowest
 held-out loss of the float32 optimizer after 300 steps from seed 100, both neighbours
-being worse. For every rate: python -m quality --workload W --only "O, float32" --seeds
-100 --steps 300 --learning-rate R --out F.
+being worse. For every rate: python -m benchmarks.quality --workload W
+--only "O, float32" --seeds 100 --steps 300 --learning-rate R --out F.
 """
 
 Make = Callable[[optax.Schedule], optax.GradientTransformation]

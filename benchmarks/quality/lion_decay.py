@@ -1,6 +1,6 @@
 """How much of Lion's weight decay survives the rounding of split weights?
 
-    PYTHONPATH=benchmarks python -m quality.lion_decay
+    python -m benchmarks.quality.lion_decay
 
 All of Lion's steps have the size of the learning rate. A weight that is rounded to
 nearest after each starts from the grid of its codes every time, so the same step is
@@ -12,7 +12,6 @@ benchmarks/results/lion_decay.json.
 """
 
 import argparse
-import json
 import pathlib
 import platform
 from typing import Any
@@ -22,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 import optax_flash
+from benchmarks import summaries
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 SHAPE = (256, 256)
 SPREAD = 0.05  # of the first weights
 DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -93,11 +92,12 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m quality.lion_decay", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.quality.lion_decay",
+        description=__doc__.split("\n")[0],
     )
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=summaries.RESULTS)
     options = parser.parse_args()
     found = [
         {
@@ -112,16 +112,15 @@ def main() -> None:
         for codec in ("flashoptim", "exact")
     ]
     content = {
-        "command": "python -m quality.lion_decay "
+        "command": "python -m benchmarks.quality.lion_decay "
         f"--learning-rate {options.learning_rate:g} --steps {options.steps}",
         "machine": f"{platform.machine()} CPU",
         "jax": jax.__version__,
         "decays": DECAYS,
         "found": found,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "lion_decay.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    summaries.write(path, content)
     print(table(found))
 
 

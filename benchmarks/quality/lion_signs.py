@@ -1,6 +1,6 @@
 """How often does a stored momentum flip Lion's signs, and do the flips add up?
 
-    PYTHONPATH=benchmarks python -m quality.lion_signs
+    python -m benchmarks.quality.lion_signs
 
 Trains with float32 Lion and gives its gradients to Lions with their momentum in codes,
 which move nothing. Every step tells where their signs differ from those of the float32
@@ -9,7 +9,6 @@ momentum. Writes benchmarks/results/lion_signs.json and prints its table.
 
 import argparse
 import dataclasses
-import json
 import math
 import pathlib
 import platform
@@ -20,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import workloads
-from workloads import Workload
 
 import optax_flash
+from benchmarks import summaries, workloads
+from benchmarks.workloads import Workload
 from optax_flash import Codec, Companded4, Companded8, FlashOptim8
 
 from .conditions import LEARNING_RATES
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 WINDOWS = 10
 PyTree = Any
 
@@ -235,11 +233,12 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m quality.lion_signs", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.quality.lion_signs",
+        description=__doc__.split("\n")[0],
     )
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=summaries.RESULTS)
     options = parser.parse_args()
     found = {
         workload.name: compare(
@@ -251,15 +250,14 @@ def main() -> None:
         for workload in (workloads.gpt(), workloads.image())
     }
     content = {
-        "command": f"python -m quality.lion_signs --steps {options.steps} "
+        "command": f"python -m benchmarks.quality.lion_signs --steps {options.steps} "
         f"--seed {options.seed}",
         "machine": f"{platform.machine()} CPU",
         "jax": jax.__version__,
         "found": found,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "lion_signs.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    summaries.write(path, content)
     print(table(found))
 
 

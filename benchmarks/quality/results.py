@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from benchmarks import summaries
+
 IDENTITY = ("workload", "optimizer", "storage", "seed")
 
 
@@ -62,6 +64,11 @@ class Results:
             "summary": summary,
         }
         self.save()
+
+    def summarize(self, path: pathlib.Path) -> None:
+        """Writes all but the curves to another file, which is small."""
+        runs = summaries.without(self.runs, "curve", "format", "seconds")
+        summaries.write(path, self.content | {"runs": runs})
 
     def save(self) -> None:
         """Writes the whole file, or leaves the old one as it is."""

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from workloads import Workload
 
 import optax_flash
+from benchmarks.workloads import Workload
 from optax_flash.flax import norm_paths
 
 from .conditions import Condition

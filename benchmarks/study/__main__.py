@@ -2,11 +2,13 @@
 
     python -m benchmarks.study run benchmarks/study/studies/momentum.toml
     python -m benchmarks.study run FILE.toml --list
-    python -m benchmarks.study report benchmarks/results/studies/momentum_small
+    python -m benchmarks.study report runs/studies/momentum_small
 
 A study is a TOML file: a question, conditions, models, and criteria that were written
 before the runs. study.json is written after every run and the same command goes on from
-there; index.html is made at the end.
+there; index.html is made at the end. Both lie in runs/studies, which git ignores. A
+summary goes to benchmarks/results/studies: verdicts and means as Markdown, the numbers
+of all runs as JSON.
 """
 
 import argparse
@@ -21,8 +23,10 @@ from rich.table import Table
 
 from benchmarks.study.definition import DefinitionError, Run, Study, read
 from benchmarks.study.results import Results, ResultsError, count
-from benchmarks.study.runner import ROOT, Runner, going_on
+from benchmarks.study.runner import Runner, going_on
+from benchmarks.summaries import RESULTS, RUNS
 
+STUDIES = RUNS / "studies"
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 
 
@@ -78,8 +82,8 @@ def _run(study: Study, file: pathlib.Path, options, console: Console) -> int:
       Stopped: the disk is full, or somebody pressed Ctrl-C.
     """
     name = f"{study.name}_{study.preset}"
-    folder = options.out or ROOT / "benchmarks/results/studies" / name
-    work = options.out / "work" if options.out else ROOT / "runs/studies" / name
+    folder = options.out or STUDIES / name
+    work = folder / "work"
     command = ["python", "-m", "benchmarks.study", "run", str(file)]
     command += ["--preset", study.preset]
     results = Results(folder, study, shlex.join(command))
@@ -102,11 +106,13 @@ def _run(study: Study, file: pathlib.Path, options, console: Console) -> int:
 
 
 def _report(folder: pathlib.Path, console: Console) -> int:
-    """Makes the page of a study's folder."""
+    """Makes the page and the summary of a study's folder."""
     from benchmarks.study.page import report  # it imports matplotlib
 
+    kept = folder.resolve().parent == STUDIES
+    summary = RESULTS / f"studies/{folder.name}.md" if kept else folder / "summary.md"
     try:
-        report(folder)
+        report(folder, summary)
     except OSError as error:
         console.print(
             f"{folder / 'index.html'} was not made: {error}. "
@@ -115,7 +121,8 @@ def _report(folder: pathlib.Path, console: Console) -> int:
             soft_wrap=True,
         )
         return 1
-    console.print(str(folder / "index.html"), markup=False, soft_wrap=True)
+    for path in (folder / "index.html", summary):
+        console.print(str(path), markup=False, soft_wrap=True)
     return 0
 
 
@@ -163,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out",
         type=pathlib.Path,
-        help="folder; benchmarks/results/studies/NAME_PRESET if left out",
+        help="folder; runs/studies/NAME_PRESET if left out",
     )
     run.add_argument(
         "--only",

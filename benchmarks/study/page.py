@@ -1,4 +1,8 @@
-"""A study's report: one HTML page that holds everything, made from study.json alone."""
+"""A study's report, made from study.json alone.
+
+One HTML page holds everything. A summary in Markdown holds the verdicts and the means,
+and a JSON beside it the numbers of each run.
+"""
 
 import base64
 import html
@@ -7,6 +11,8 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from benchmarks import summaries
 
 from . import document as doc
 from .comparisons import comparisons
@@ -49,13 +55,19 @@ the bound. Bytes are counted, not estimated, and have no spread; of
 NaN and divergence every run counts."""
 
 
-def report(folder: pathlib.Path) -> None:
-    """Makes the page of a study again: ``index.html`` beside its ``study.json``.
+MEANS = f"""\
+Means over seeds. Below a mean stands the paired difference to the run of the
+reference from the same seed, then its {PERCENT} interval of Student's t."""
+
+
+def report(folder: pathlib.Path, summary: pathlib.Path) -> None:
+    """Makes the page of a study again, ``index.html`` beside its ``study.json``.
 
     The statistics, the verdicts and the costs are added to ``study.json`` as "results".
 
     Args:
       folder: of the study's results.
+      summary: the Markdown file to write; the numbers of all runs go beside it.
 
     Raises:
       FileNotFoundError: no study.json in it.
@@ -65,6 +77,9 @@ def report(folder: pathlib.Path) -> None:
     document["results"] = results(document)
     _write(source, json.dumps(document, indent=1) + "\n")
     _write(source.with_name("index.html"), page(document))
+    summary.parent.mkdir(parents=True, exist_ok=True)
+    _write(summary, markdown(document))
+    summaries.write(summary.with_suffix(".json"), numbers(document))
 
 
 def results(document: Document) -> dict[str, Any]:
@@ -90,22 +105,67 @@ def results(document: Document) -> dict[str, Any]:
 
 
 def markdown(document: Document) -> str:
-    """A short summary for docs: the question's answer and the table of verdicts.
+    """The summary: the question's answer, the table of verdicts, and all means.
 
     Args:
       document: a study's JSON with its "results".
     """
     study, found = document["study"], document["results"]
+    machine = document.get("machine") or {}
     lines = [
-        f"**{study.get('title', study['name'])}.** {found['answer']}",
+        f"# {study.get('title', study['name'])}",
+        "",
+        f"`{_command(document)}`: {machine.get('device')}, jax {machine.get('jax')}, "
+        f"{document.get('date')}, {found['finished']} of {found['planned']} runs.",
+        "",
+        found["answer"],
         "",
         "| criterion | asked | verdict | |",
         "|---|---|---|---|",
     ]
     for criterion, asked in zip(found["criteria"], _asked(document), strict=True):
         cells = (criterion["name"], asked, criterion["verdict"], criterion["why"])
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        lines.append(_markdown_row(cells))
+    lines += ["", MEANS]
+    for model in doc.models(document):
+        rows = [r for r in found["comparisons"] if r["model"] == model]
+        lines += ["", f"## {doc.title(document, 'models', model)}", ""]
+        lines += [f"{_size(document, model)}.", "", *_markdown_means(document, rows)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_means(
+    document: Document, rows: Sequence[Mapping[str, Any]]
+) -> Iterable[str]:
+    """Metrics x conditions."""
+    if not rows:
+        return
+    at = {(row["condition"], row["metric"]): row for row in rows}
+    names = list(dict.fromkeys(row["condition"] for row in rows))
+    unit = units(document, rows[0]["model"])
+    yield _markdown_row(["metric", *[f"`{name}`" for name in names]])
+    yield "|---" + "|---:" * len(names) + "|"
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        cells = [_overview_lines(at.get((name, metric)), unit) for name in names]
+        yield _markdown_row([label(metric), *map("<br>".join, cells)])
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def numbers(document: Document) -> dict[str, Any]:
+    """What each run came to, without its curves and options."""
+    names = ("model", "condition", "seed", "status", "summary")
+    return {
+        "command": _command(document),
+        "machine": document.get("machine"),
+        "date": document.get("date"),
+        "runs": [
+            {name: run[name] for name in names if name in run}
+            for run in doc.finished(document)
+        ],
+    }
 
 
 def page(document: Document) -> str:
@@ -405,17 +465,22 @@ def _overview(document: Document, model: str, rows: Sequence[Mapping[str, Any]])
 
 
 def _overview_cell(row: Mapping[str, Any] | None, unit: str) -> str:
+    lines = _overview_lines(row, unit)
+    return "".join(lines[:1]) + "".join(tag("small", line) for line in lines[1:])
+
+
+def _overview_lines(row: Mapping[str, Any] | None, unit: str) -> list[str]:
+    """A mean, its difference to the reference, and that one's interval, escaped."""
     if row is None:
-        return ""
+        return []
     metric = row["metric"]
-    mean = text(amount(metric, row["mean"], unit))
+    lines = [amount(metric, row["mean"], unit)]
     compare, found = _shown(row)
-    if found is None:
-        return mean
-    below = [change(metric, compare, found["mean"])]
-    if found["low"] is not None and found["low"] != found["high"]:
-        below.append(span(metric, compare, found["low"], found["high"]))
-    return mean + "".join(tag("small", text(line)) for line in below)
+    if found is not None:
+        lines.append(change(metric, compare, found["mean"]))
+        if found["low"] is not None and found["low"] != found["high"]:
+            lines.append(span(metric, compare, found["low"], found["high"]))
+    return list(map(text, lines))
 
 
 def _shown(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
@@ -577,14 +642,17 @@ def _method(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _again(document: Document) -> str:
+    return (
+        tag("pre", tag("code", text(_command(document))))
+        + '<p>All numbers: <a href="study.json">study.json</a>, beside this page.</p>'
+    )
+
+
+def _command(document: Document) -> str:
     name, preset = document["study"]["name"], document["preset"]
-    command = document.get("command") or (
+    return document.get("command") or (
         f"python -m benchmarks.study run benchmarks/study/studies/{name}.toml "
         f"--preset {preset}"
-    )
-    return (
-        tag("pre", tag("code", text(command)))
-        + '<p>All numbers: <a href="study.json">study.json</a>, beside this page.</p>'
     )
 
 

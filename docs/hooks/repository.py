@@ -14,11 +14,16 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parent.parent.parent
 OUTSIDE = (
     "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
+    "RELEASING.md",
+    "SECURITY.md",
     "examples/**/*.md",
     "benchmarks/results/**/*.*",
     "benchmarks/study/studies/*.toml",
 )
+# MkDocs takes a README.md for the index of its folder, which the site has in docs/.
+OVERVIEW = "overview.md"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -27,6 +32,8 @@ def on_files(files, config):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    readme = str(ROOT / "README.md")
+    files.append(File.generated(config, OVERVIEW, abs_src_path=readme))
     return files
 
 
@@ -37,10 +44,9 @@ def on_page_markdown(markdown, page, config, files):
 
     def in_site(link):
         target = posixpath.normpath(posixpath.join(place, link[1]))
-        for page_of_folder in ("README.md", "index.html"):
-            if (ROOT / target / page_of_folder).exists():
-                target += f"/{page_of_folder}"
-        target = target.removeprefix("docs/")
+        if (ROOT / target / "README.md").exists():
+            target += "/README.md"
+        target = OVERVIEW if target == "README.md" else target.removeprefix("docs/")
         return posixpath.relpath(target, posixpath.dirname(name) or ".")
 
     return LINK.sub(in_site, markdown)

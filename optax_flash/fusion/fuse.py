@@ -14,10 +14,9 @@ import optax
 from jax.extend import core
 
 from optax_flash.codecs import hashing
+from optax_flash.fusion import backends, untraced
 from optax_flash.fusion import primitive as leaves
 from optax_flash.fusion import split as splits
-from optax_flash.fusion import untraced
-from optax_flash.fusion.backends.choose import IMPLEMENTATIONS, SMALL, TOGETHER, misfit
 from optax_flash.fusion.jaxprs import constant
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.tangents import moves
@@ -112,10 +111,10 @@ def is_differentiated() -> bool:
 
 def check_implementation(implementation: str | None) -> None:
     """Raises a ValueError where no such implementation is known."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in backends.names():
         raise ValueError(
             f"Unknown implementation {implementation!r}. Known names: "
-            f"{', '.join(IMPLEMENTATIONS)}. None takes the best for the platform."
+            f"{', '.join(backends.names())}. None takes the best for the platform."
         )
 
 
@@ -302,7 +301,7 @@ def batches(
     families: dict[Any, dict[Program, list[tuple[T, Program]]]] = {}
     for leaf, program in fitting:
         size = program.size // program.shape[0] if sliced else program.size
-        if size >= SMALL:
+        if size >= backends.SMALL:
             yield [(leaf, program)]
         else:
             family = families.setdefault(program.family, {})
@@ -311,12 +310,12 @@ def batches(
         rest = []
         for alike in family.values():
             # Whole batches of one program, which are traced and compiled once.
-            full = len(alike) // TOGETHER * TOGETHER
-            for i in range(0, full, TOGETHER):
-                yield alike[i : i + TOGETHER]
+            full = len(alike) // backends.TOGETHER * backends.TOGETHER
+            for i in range(0, full, backends.TOGETHER):
+                yield alike[i : i + backends.TOGETHER]
             rest += alike[full:]
-        for i in range(0, len(rest), TOGETHER):
-            yield rest[i : i + TOGETHER]
+        for i in range(0, len(rest), backends.TOGETHER):
+            yield rest[i : i + backends.TOGETHER]
 
 
 def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
@@ -324,7 +323,7 @@ def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
     reasons: dict[str, list[str]] = {}
     for leaf in all_leaves:
         if leaf.program:
-            reason = misfit(leaf.program, implementation)
+            reason = backends.unsupported(leaf.program, implementation)
         else:
             reason = leaf.reason
         if reason:

@@ -14,10 +14,25 @@ import jax.core
 import jax.numpy as jnp
 
 from optax_flash.codecs.base import Codec
-from optax_flash.fusion.backends.tuning import Config
 from optax_flash.fusion.ops import Tile
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Place, Shard, Where
+
+
+class Config(NamedTuple):
+    """How a kernel divides its leaf.
+
+    Attributes:
+      elements: of a tile, which one block of threads handles; a power of two.
+      num_warps: of a block: 32 threads each.
+    """
+
+    elements: int = 2048
+    num_warps: int = 4
+
+
+DEFAULT = Config()
+"""16 elements a thread: 16 bytes of codes, which is the widest load."""
 
 
 class Leaf(NamedTuple):

@@ -1,4 +1,4 @@
-"""Running programs on leaves by the implementation that suits the platform."""
+"""Programs on leaves as one primitive, which each platform lowers to its backend."""
 
 import functools
 from collections.abc import Callable
@@ -9,13 +9,10 @@ import jax.core
 from jax.extend import core
 from jax.interpreters import mlir
 
-from optax_flash.fusion import ops, partition
-from optax_flash.fusion.backends import cpu, xla
+from optax_flash.fusion import backends, ops, partition
 from optax_flash.fusion.backends import gpu as gpus
-from optax_flash.fusion.backends.choose import choose, misfit, unfit_gpu
-from optax_flash.fusion.backends.tuning import config_for
+from optax_flash.fusion.backends import xla
 from optax_flash.fusion.program import Program, whole
-from optax_flash.fusion.tiles import Shard
 
 Programs = tuple[Program, ...]
 
@@ -84,9 +81,14 @@ def _in_xla(
 def _sliced_in_xla(programs: Programs, *operands: jax.Array) -> list[jax.Array]:
     """The same on slices, of which the first operand is the index."""
     avals = [jax.typeof(x) for x in operands]
+    run = functools.partial(xla.run, target=ANYWHERE)
     if partition.explicit_mesh(avals):
-        return partition.mapped(programs, xla.update, avals, None, True)(*operands)
-    return partition.whole(programs, xla.update, True)(*operands)
+        return partition.mapped(programs, run, avals, None, True)(*operands)
+    return partition.whole(programs, run, True)(*operands)
+
+
+ANYWHERE = backends.Target("any")
+"""XLA asks for nothing."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,14 +101,7 @@ update_p = core.Primitive("optax_flash_update")
 ops.define(update_p, _in_xla, _in_xla)
 
 
-NEEDS = {
-    "pallas": {"cuda": "an NVIDIA GPU", "tpu": "a TPU"},
-    "triton": {"cuda": "an NVIDIA GPU"},
-}
-"""The platforms of kernels, and what they are."""
-
-
-def _lowering(platform: str) -> Callable[..., Any]:
+def _lowering(platform: str | None = None) -> Callable[..., Any]:
     def lower(
         ctx: mlir.LoweringRuleContext,
         *operands: Any,
@@ -118,12 +113,12 @@ def _lowering(platform: str) -> Callable[..., Any]:
         del devices
         context = ctx.module_context.axis_context
         gpu = gpus.of_lowering(context) if platform == "cuda" else None
+        target = backends.Target(platform or ctx.module_context.platforms[0], gpu)
         # Of one family, programs may still differ in whether a kernel takes them.
-        names = {
-            choose(program, implementation, platform, gpu)[0] for program in programs
+        chosen = {
+            backends.choose(program, implementation, target)[0] for program in programs
         }
-        if platform == "cpu" and "xla" in names and not any(map(cpu.misfit, programs)):
-            names = {"phases"}
+        backend = backends.XLA if backends.XLA in chosen else chosen.pop()
         explicit = partition.explicit_mesh(ctx.avals_in)
         if platform == "tpu" and not explicit and not _is_local(context):
             # XLA's partitioner for TPUs takes no custom partitioning.
@@ -134,34 +129,11 @@ def _lowering(platform: str) -> Callable[..., Any]:
                     " around the update. implementation=None runs it in XLA."
                 )
             function = _in_xla(programs, sliced=sliced)
-        elif "xla" in names and not sliced:
+        elif backend == backends.XLA and not sliced:
+            # Of whole arrays, which XLA partitions by itself.
             function = _in_xla(programs)
         else:
-            name = "plain" if "xla" in names else names.pop()
-            kernel = _kernel(name, platform, gpu)
-            if platform not in NEEDS.get(name, {platform: ""}):
-                raise ValueError(
-                    f"implementation={implementation!r} needs "
-                    f"{' or '.join(NEEDS[name].values())}, but this is compiled for "
-                    f"{', '.join(ctx.module_context.platforms)}. "
-                    "implementation=None takes what there is; 'interpret' runs the "
-                    "Pallas kernel anywhere, slowly, for tests."
-                )
-            if platform == "cuda" and name in NEEDS:
-                if reason := unfit_gpu(name, gpu):
-                    raise ValueError(
-                        f"implementation={implementation!r} cannot be compiled: "
-                        f"{reason}. implementation=None runs it in XLA."
-                    )
-            if platform == "tpu" and implementation:
-                # When it was traced the platform was not known.
-                for program in programs:
-                    if reason := misfit(program, name, platform):
-                        raise ValueError(
-                            f"implementation='pallas' does not fit a leaf of shape "
-                            f"{list(program.shape)}: {reason}. implementation=None "
-                            "runs it in XLA."
-                        )
+            kernel = functools.partial(backend.functions.run, target=target)
             if _is_local(context):
                 function = partition.whole(programs, kernel, sliced)
                 # A kernel sees memory; over which axes it varies does not matter there.
@@ -203,33 +175,7 @@ def _not_manual(context: Any) -> frozenset[Any]:
     return frozenset()
 
 
-def _kernel(
-    name: str, platform: str, gpu: gpus.Gpu | None
-) -> Callable[[list[Shard]], list[list[jax.Array]]]:
-    def run(shards: list[Shard]) -> list[list[jax.Array]]:
-        if name == "phases":
-            return cpu.update(shards)
-        if name == "plain":
-            return xla.update(shards)
-        if name == "pallas" and platform == "tpu":
-            from optax_flash.fusion.backends import mosaic_tpu
-
-            return mosaic_tpu.update(shards)
-        config = config_for(gpu.kind if gpu else "")
-        # Backends import compilers, for which nobody else should wait.
-        if name == "triton":
-            from optax_flash.fusion.backends import jax_triton
-
-            assert gpu
-            return jax_triton.update(shards, config, gpu)
-        from optax_flash.fusion.backends import pallas_triton
-
-        return pallas_triton.update(shards, config, gpu, interpret=name == "interpret")
-
-    return run
-
-
-mlir.register_lowering(update_p, _lowering("other"), inline=False)
+mlir.register_lowering(update_p, _lowering(), inline=False)
 mlir.register_lowering(update_p, _lowering("cpu"), platform="cpu", inline=False)
 mlir.register_lowering(update_p, _lowering("cuda"), platform="cuda", inline=False)
 mlir.register_lowering(update_p, _lowering("tpu"), platform="tpu", inline=False)

@@ -19,7 +19,7 @@ from jax.extend import core
 from optax_flash.fusion import fuse
 from optax_flash.fusion import primitive as fused
 from optax_flash.fusion import program as programs
-from optax_flash.fusion.backends.choose import SMALL
+from optax_flash.fusion.backends import SMALL
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.jaxprs import constant, jaxpr_of, slice_equations
 from optax_flash.fusion.ops import Decode, Elementwise, Tile, Within, op_p

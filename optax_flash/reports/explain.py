@@ -7,8 +7,7 @@ import jax
 import optax
 
 from optax_flash.fusion import fuse
-from optax_flash.fusion.backends import gpu
-from optax_flash.fusion.backends.choose import PLATFORMS, choose
+from optax_flash.fusion.backends import PLATFORMS, Target, choose, gpu
 from optax_flash.fusion.split import Leaf
 from optax_flash.transforms import _arguments, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
@@ -114,9 +113,10 @@ def explain(
             params,
         )
     groups: dict[Any, list[str]] = {}
-    target = (gpu.at_hand() or gpu.PRESUMED) if platform == "cuda" else None
+    kind_of_gpu = (gpu.at_hand() or gpu.PRESUMED) if platform == "cuda" else None
+    target = Target(platform, kind_of_gpu)
     for leaf, implementation in leaves:
-        kind = _kind(leaf, implementation, platform, target)
+        kind = _kind(leaf, implementation, target)
         groups.setdefault(kind, []).extend(leaf.names or ["(state)"])
     seen = {name for names in groups.values() for name in names}
     for path, p in zip(
@@ -154,14 +154,12 @@ def _canonical(platform: str) -> str:
     return name
 
 
-def _kind(
-    leaf: Leaf, implementation: str | None, platform: str, target: gpu.Gpu | None
-) -> tuple[Any, ...]:
+def _kind(leaf: Leaf, implementation: str | None, target: Target) -> tuple[Any, ...]:
     """What leaves that are alike have in common."""
     shape = leaf.results[0].aval.shape
     if leaf.program is None:
         return shape, "xla", leaf.reason, None
-    name, reason = choose(leaf.program, implementation, platform, target)
-    if leaf.reason and name != "xla":
+    backend, reason = choose(leaf.program, implementation, target)
+    if leaf.reason and backend.name != "xla":
         reason = reason.replace("elementwise", leaf.reason, 1)
-    return shape, name, reason, leaf.program
+    return shape, backend.name, reason, leaf.program

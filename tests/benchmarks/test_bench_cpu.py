@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 ROOT = pathlib.Path(__file__).parents[2]
-BENCHMARK = ROOT / "benchmarks" / "bench_cpu.py"
 ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "",
@@ -19,7 +20,7 @@ ENVIRONMENT = {
 
 def bench_cpu(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARK), *map(str, args)],
+        [sys.executable, "-m", "benchmarks.bench_cpu", *map(str, args)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -2,8 +2,6 @@
 
 import json
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +10,17 @@ import optax
 import pytest
 
 import optax_flash
+from benchmarks.codec_lab import __main__ as command
+from benchmarks.codec_lab import candidates, streams
+from benchmarks.codec_lab.candidates import Exact, Library, Table
+from benchmarks.codec_lab.evaluate import Lab, bytes_per_param
+from benchmarks.codec_lab.measures import leaf_sums, pool
+from benchmarks.codec_lab.report import front
+from benchmarks.codec_lab.streams import Leaf, Streams
+from benchmarks.codec_lab.tracking import Layout, by_leaf, track
+from benchmarks.codec_lab.variants import Variant, variants
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from codec_lab import __main__ as command  # noqa: E402
-from codec_lab import candidates, streams  # noqa: E402
-from codec_lab.candidates import Exact, Library, Table  # noqa: E402
-from codec_lab.evaluate import Lab, bytes_per_param  # noqa: E402
-from codec_lab.measures import leaf_sums, pool  # noqa: E402
-from codec_lab.report import front  # noqa: E402
-from codec_lab.streams import Leaf, Streams  # noqa: E402
-from codec_lab.tracking import Layout, by_leaf, track  # noqa: E402
-from codec_lab.variants import Variant, variants  # noqa: E402
+pytestmark = pytest.mark.full
 
 SIGNED = {
     "linear": candidates.linear(4),

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from first_steps import (
+from tiers import quick
+
+from benchmarks.first_steps import (
     OPTIMIZERS,
     SHAPE,
     STORAGE,
@@ -35,6 +37,7 @@ def normal_updates(tx):
     return jnp.stack(largest)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adam", "adan"])
 @pytest.mark.parametrize("storage", STORAGE[1:])
 def test_updates_of_normal_gradients_in_a_warmup(name, storage):
@@ -44,8 +47,14 @@ def test_updates_of_normal_gradients_in_a_warmup(name, storage):
     assert over(found, stock).max() <= 3.0
 
 
-@pytest.mark.parametrize("warmup", [0, 8])
-@pytest.mark.parametrize("name, storage", CASES)
+# Every optimizer with both, and every storage.
+@pytest.mark.parametrize(
+    "name, storage, warmup",
+    quick(
+        [("adamw", storage, warmup) for storage in STORAGE for warmup in (0, 8)],
+        [(*case, (0, 8)[i % 2]) for i, case in enumerate(CASES)],
+    ),
+)
 def test_updates_beside_an_outlier(name, storage, warmup):
     """The largest is within three times float32's, in each of ten steps."""
     optimizer = make(name, warmup)
@@ -55,6 +64,7 @@ def test_updates_beside_an_outlier(name, storage, warmup):
     assert ratios.max() <= 3.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, storage",
     [("adamw", "4 bits"), ("adamw", "4 and 8 bits"), ("nadam", "4 and 8 bits")],

@@ -7,15 +7,17 @@ import math
 import jax
 import numpy as np
 import pytest
-import workloads
-from quality import lion_decay, lion_signs
-from quality.__main__ import main, trainers, write
-from quality.comparison import summarize
-from quality.conditions import conditions
-from quality.results import Results
-from quality.training import Trainer, study
 
+from benchmarks import workloads
+from benchmarks.quality import lion_decay, lion_signs
+from benchmarks.quality.__main__ import main, trainers, write
+from benchmarks.quality.comparison import summarize
+from benchmarks.quality.conditions import conditions
+from benchmarks.quality.results import Results
+from benchmarks.quality.training import Trainer, study
 from benchmarks.study.statistics import difference
+
+pytestmark = pytest.mark.full
 
 SIZE = 12  # of the pictures, in pixels
 
@@ -244,11 +246,11 @@ def little_compilation():
 def finished_fixture(tmp_path_factory):
     """The results of two conditions, two seeds and two steps on both workloads."""
     folder = tmp_path_factory.mktemp("results")
-    results = Results(folder / "quality.json")
+    results = Results(folder / "runs.json")
     settings = chosen("adamw, float32", "adamw, 8 bits")
     with little_compilation():
         study(results, trainers([tiny_gpt(), tiny_image()], settings, steps=2), [0, 1])
-    write(results, "python -m quality")
+    write(results, folder, "python -m benchmarks.quality")
     return results
 
 
@@ -276,9 +278,17 @@ def test_writes_all_outputs(finished):
     gpt = {row["storage"]: row for row in content["summary"] if "gpt" in row.values()}
     assert gpt["float32"]["bytes_per_parameter"] == pytest.approx(12, abs=0.1)
     assert gpt["8 bits"]["bytes_per_parameter"] < 7
-    page = finished.path.with_suffix(".md").read_text()
+    kept = json.loads(finished.path.with_name("quality.json").read_text())
+    assert [run["seed"] for run in kept["runs"]] == [
+        run["seed"] for run in finished.runs
+    ]
+    assert all(len(run["curve"]) == 2 for run in content["runs"])
+    assert not any("curve" in run for run in kept["runs"])
+    for ours, theirs in zip(kept["summary"], content["summary"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    page = finished.path.with_name("quality.md").read_text()
     assert "## gpt" in page and "## image" in page and "| adamw | 8 bits |" in page
-    assert finished.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert finished.path.with_name("quality.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_done_is_not_done_again(finished, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from benchmarks.study.display import duration
 from benchmarks.study.records import POINTS, curve, record, stop_reason
 from benchmarks.study.worker import Job, execute
 
+pytestmark = pytest.mark.full
+
 ROOT = pathlib.Path(__file__).parents[2]
 STUDIES = ROOT / "benchmarks/study/studies"
 

@@ -21,6 +21,8 @@ from benchmarks.study.page import markdown, page, report, results
 from benchmarks.study.plots import curve
 from benchmarks.study.verdicts import MET, MISSED, NOT_TESTABLE, judge, verdicts
 
+pytestmark = pytest.mark.full
+
 CRITERIA = [
     {
         "name": "Memory falls by 20 %",
@@ -502,7 +504,7 @@ def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
     title = "8 & 4 bits <script>alert(1)</script>"
     document["study"]["title"] = title
     (tmp_path / "study.json").write_text(json.dumps(document))
-    report(tmp_path)
+    report(tmp_path, tmp_path / "summary.md")
     content = (tmp_path / "index.html").read_text()
     reader = read(content)
     words = re.sub(r"\s+", " ", " ".join(reader.words))
@@ -519,8 +521,19 @@ def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
     # Plots say in words what they show.
     assert len(reader.alts) >= 8 and all(len(alt or "") > 20 for alt in reader.alts)
     assert not list(tmp_path.glob(".*"))  # no drafts
-    summary = markdown(found)
-    assert summary.count("\n| ") == len(CRITERIA) + 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary == markdown(found)
+    kept = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    losses = [
+        sorted(run["summary"]["val_loss"] for run in runs)
+        for runs in (kept, document["runs"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    first, *of_models = summary.split("\n## ")
+    assert first.count("\n| ") == len(CRITERIA) + 1 and document["command"] in first
+    assert len(of_models) == len(document["study"]["models"])
+    for condition in document["study"]["conditions"]:
+        assert all(f"| `{condition}` |" in part for part in of_models)
 
 
 def test_criteria_that_were_changed_after_runs_are_shown():

@@ -61,8 +61,8 @@ def collectives(tx):
     "make, make_stock",
     [
         (optax_flash.adamw8, optax.adamw),
-        (optax_flash.adamw4, optax.adamw),
-        (optax_flash.lion8, optax.lion),
+        pytest.param(optax_flash.adamw4, optax.adamw, marks=pytest.mark.full),
+        pytest.param(optax_flash.lion8, optax.lion, marks=pytest.mark.full),
         (lambda rate: optax_flash.sgd8(rate, 0.9), lambda rate: optax.sgd(rate, 0.9)),
     ],
     ids=["adamw8", "adamw4", "lion8", "sgd8"],

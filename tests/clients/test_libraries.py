@@ -14,6 +14,7 @@ import pytest
 from clients import named_arrays, problem
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 
@@ -118,13 +119,7 @@ LEVANTER = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "adamw8",
-        "extra arguments",
-        "injected",
-        "sophia",
-    ],
+    "name", quick(["adamw8"], ["adamw8", "extra arguments", "injected", "sophia"])
 )
 def test_levanter(name, tmp_path):
     make, make_stock = LEVANTER[name]
@@ -159,7 +154,9 @@ def test_levanter(name, tmp_path):
     problem.check_equal(resumed.train(*restored, 4), (model, state))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["filtered", "whole module"])
+@pytest.mark.parametrize(
+    "whole", quick([False], [False, True]), ids=["filtered", "whole module"]
+)
 def test_equinox(whole, tmp_path):
     """An update gets a module's arrays as params, or it with its functions."""
 
@@ -218,6 +215,7 @@ def test_equinox(whole, tmp_path):
     problem.check_equal(*map(jax.tree.leaves, arrays))
 
 
+@pytest.mark.full
 def test_equinox_finished():
     """Finished params through Equinox's own ``apply_updates``."""
     model = eqx.nn.Linear(64, 64, key=jax.random.key(0))
@@ -239,6 +237,7 @@ def test_equinox_finished():
     assert eqx.combine(ours, static).weight.dtype == jnp.bfloat16
 
 
+@pytest.mark.full
 def test_haiku(tmp_path):
     """Transformed functions, params by "~" paths, in a donated step."""
 
@@ -305,6 +304,7 @@ def ema_params(decay):
     return optax.GradientTransformation(init, update)
 
 
+@pytest.mark.full
 class TestKauldron:
     """One line of a config; summaries and averages that read updates."""
 
@@ -374,6 +374,7 @@ class TestKauldron:
             self.run(make(True), half)
 
 
+@pytest.mark.full
 def test_optimistix():
     """Its ``OptaxMinimiser``, with the whole of an optimization in one loop."""
 
@@ -398,6 +399,7 @@ def test_optimistix():
     problem.check_close("Optimistix, additive", half, stock, start, 0.02)
 
 
+@pytest.mark.full
 class TestPopulations:
     """Several runs at once; each is the run by itself."""
 
@@ -448,6 +450,7 @@ class TestPopulations:
         return jax.jit(jax.vmap(f), in_shardings=sharding, out_shardings=sharding)
 
 
+@pytest.mark.full
 def test_schedule_free():
     """Its params for evaluation, from a state in codes."""
 

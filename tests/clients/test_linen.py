@@ -11,6 +11,7 @@ from clients import problem
 from flax.training import train_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.flax import TrainState
@@ -121,7 +122,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["adamw8"], OPTIMIZERS))
 def test_maxtext(name, tmp_path):
     make, make_stock, at_most = OPTIMIZERS[name]
     tx = make(1e-3)
@@ -147,6 +148,7 @@ def test_maxtext(name, tmp_path):
     problem.check_equal(resumed.train(restored, 4), state)
 
 
+@pytest.mark.full
 def test_maxtext_with_factors(tmp_path):
     """Factors have the names of those axes that they share with their param."""
     tx = optax_flash.lora_pre_adamw(1e-3, rank=16)
@@ -169,6 +171,7 @@ def test_maxtext_with_factors(tmp_path):
     assert problem.difference(other, ours, start) < 1e-4
 
 
+@pytest.mark.full
 def test_our_train_state(tmp_path):
     """Half precision under the same calls, and flax's msgpack."""
     tx = optax_flash.adamw8(1e-3)
@@ -192,6 +195,7 @@ def test_our_train_state(tmp_path):
     problem.check_equal(resumed.train(read, 2), trainer.train(state, 2))
 
 
+@pytest.mark.full
 class TestZero1:
     """MaxText shards optimizer states over data, and then params like the moments."""
 
@@ -237,6 +241,7 @@ def over_data(x, sharding):
     return NamedSharding(sharding.mesh, P(*spec))
 
 
+@pytest.mark.full
 def test_bias_sharded_by_all_devices():
     """A bias that is not in codes has no stub beside it that could not be sharded."""
     mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
@@ -280,6 +285,7 @@ def test_state_sharding_of_boxed_params(logical):
         assert x.sharding.is_equivalent_to(s, x.ndim)
 
 
+@pytest.mark.full
 def test_steps_that_are_skipped_by_cond():
     """MaxText's ``skip_step_on_spikes``: an update under ``lax.cond``, or none."""
 
@@ -323,6 +329,7 @@ def test_steps_that_are_skipped_by_cond():
         assert not np.array_equal(*kernels)
 
 
+@pytest.mark.full
 def test_moments_in_half_precision():
     """A trainer's ``mu_dtype``, and ``lax.cond`` where a step is not finite."""
     params = unboxed(MODEL.init(jax.random.key(0), problem.X)["params"])
@@ -360,6 +367,7 @@ class TestMsgpack:
             read.apply_gradients(grads=grads), state.apply_gradients(grads=grads)
         )
 
+    @pytest.mark.full
     def test_other_codecs(self):
         """Codes of another codec have the same shapes: names are what tells."""
         _, state = self.saved(optax_flash.adamw8(1e-3))

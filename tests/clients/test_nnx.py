@@ -11,6 +11,7 @@ from clients import problem
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.flax import Optimizer
@@ -97,7 +98,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["adamw8, 24-bit weights"], OPTIMIZERS))
 def test_stock_optimizer(name, tmp_path):
     make, arguments, make_stock, dtype, at_most = OPTIMIZERS[name]
     tx = make(*arguments)
@@ -156,6 +157,7 @@ def test_our_optimizer():
     problem.check_close("our nnx Optimizer, adamw8", weights, stock, start, 0.02)
 
 
+@pytest.mark.full
 def test_bias_sharded_by_all_devices():
     """A bias that is not in codes has no stub beside it that could not be sharded."""
     tx = optax_flash.adamw8(1e-3)
@@ -317,6 +319,7 @@ class NewerTunix(Tunix):
         return nnx.cond(is_last, update, skip, model, optimizer, accumulators)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trainer_class", [Tunix, NewerTunix])
 def test_tunix(trainer_class, tmp_path):
     def injected(factory):
@@ -357,6 +360,7 @@ def test_tunix(trainer_class, tmp_path):
         )
 
 
+@pytest.mark.full
 def test_a_state_whose_floats_were_cast():
     """Some snapshots of Tunix cast all floats of a state to float32: scales as well.
 
@@ -373,6 +377,7 @@ def test_a_state_whose_floats_were_cast():
             step(model, optimizer)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", [("x", None), (None, "x")], ids=str)
 @pytest.mark.parametrize(
     "make",

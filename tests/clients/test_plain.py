@@ -10,6 +10,7 @@ import pytest
 from clients import problem
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 
@@ -100,7 +101,7 @@ class EasyDeL:
 
 
 class TestRulesOnPaths:
-    @pytest.mark.parametrize("name", ["adamw8", "adamw4"])
+    @pytest.mark.parametrize("name", quick(["adamw8"], ["adamw8", "adamw4"]))
     def test_easydel(self, name, tmp_path):
         tx = getattr(optax_flash, name)(1e-3)
         trainer = EasyDeL(tx, problem.mesh())
@@ -125,6 +126,7 @@ class TestRulesOnPaths:
         restored = problem.restore(tmp_path, target)
         problem.check_equal(other.train(*restored, 4), (params, state))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("name", ["lora_pre_adamw", "lowrank_adamw"])
     def test_factors(self, name):
         """A rule for a matrix is about its axes, and factors have others.
@@ -180,6 +182,7 @@ class TestRulesOnPaths:
         scales = sharding.scales["mu_scales"]["up"]["kernel"]
         assert scales.spec == P("fsdp", "tp")
 
+    @pytest.mark.full
     def test_tree_map_params_of_a_bias_on_all_devices(self):
         mesh = jax.make_mesh((8,), ("fsdp",))
         params = {"bias": jnp.zeros(256), "kernel": jnp.ones((64, 256))}

@@ -3,6 +3,7 @@
 import re
 
 import processes
+import pytest
 
 SMALL = "--steps 3 --log-every 1 --depth 1 --width 64 --seq-len 32".split()
 EXAMPLE = ["-m", "examples.fsdp.train"]
@@ -12,6 +13,7 @@ def command(devices, *args):
     return [*EXAMPLE, *SMALL, "--virtual-devices", devices, *args]
 
 
+@pytest.mark.full
 def test_eight_virtual_devices():
     (printed,) = processes.run(command(8, "--mesh", "fsdp=4,tp=2"))
     assert "8 devices of 1 processes: {'fsdp': 4, 'tp': 2}" in printed
@@ -25,6 +27,7 @@ def test_eight_virtual_devices():
     assert len(losses) == 3 and losses[-1] < losses[0] - 1
 
 
+@pytest.mark.full
 def test_two_processes_repeat_one_bit_for_bit():
     # Over two devices: a sum of two numbers has only one order.
     (alone,) = processes.run(command(2))

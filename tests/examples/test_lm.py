@@ -138,7 +138,12 @@ def test_each_epoch_holds_every_window_once_in_an_order_of_its_own(sources):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(optimizer="adamw", param_dtype="float32"), dict(optimizer="adamw8")],
+    [
+        dict(optimizer="adamw8"),
+        pytest.param(
+            dict(optimizer="adamw", param_dtype="float32"), marks=pytest.mark.full
+        ),
+    ],
     ids=lambda options: options["optimizer"],
 )
 def test_learns_more_than_byte_frequencies(config, sources, options):
@@ -154,6 +159,7 @@ def test_learns_more_than_byte_frequencies(config, sources, options):
     assert losses[-1] < -0.6 * np.sum(frequencies * np.log(frequencies))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [
@@ -187,6 +193,7 @@ def test_every_optimizer_takes_steps(config, sources, name):
     assert all(map(bool, jax.tree.leaves(moved)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options, dtype, residual",
     [
@@ -205,6 +212,7 @@ def test_weights_are_stored_as_asked(config, options, dtype, residual):
     assert held == pytest.approx(residual, rel=0.01)
 
 
+@pytest.mark.full
 def test_numerics_are_logged(config, tmp_path):
     out = str(tmp_path)
     config = dataclasses.replace(config, steps=4, warmup=0, report_every=2, out=out)
@@ -226,6 +234,7 @@ def test_numerics_are_logged(config, tmp_path):
     assert all(1e-5 < rms < 1e-3 for rms in numerics["update_rms"].values())
 
 
+@pytest.mark.full
 def test_a_learning_rate_that_is_too_small_is_named(config):
     config = dataclasses.replace(config, steps=2, warmup=0, report_every=2)
     with pytest.warns(UserWarning) as warned:
@@ -256,6 +265,7 @@ def decoder_config(config, **options):
     return dataclasses.replace(config, depth=2, seq_len=16, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_attention_remat_and_release_are_the_same_training(config, architecture):
     """They differ in memory alone: losses and weights are those of the plain step."""
@@ -285,6 +295,7 @@ def test_attention_remat_and_release_are_the_same_training(config, architecture)
             np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_no_decoder_sees_the_future(config, architecture):
     this = decoder_config(config, architecture=architecture, attention="plain")
@@ -324,6 +335,7 @@ def count(config) -> int:
     return sum(p.size for p in jax.tree.leaves(weights))
 
 
+@pytest.mark.full
 def test_a_released_run_holds_no_gradients_and_resumes(config, tmp_path):
     changes = dict(architecture="llama", release=True, steps=4, warmup=1, save_every=2)
     config = decoder_config(config, **changes, eval_every=4)
@@ -350,6 +362,7 @@ def test_what_a_model_cannot_do_is_said(config, tmp_path):
         train.train(missing)
 
 
+@pytest.mark.full
 def test_kernel_docs_are_read_by_folders(tmp_path):
     folder = tmp_path / "kernel-docs"
     for name in ("mm/a.rst", "mm/b.txt.gz", "mm/c.svg", "translations/d.rst", "e.rst"):
@@ -405,6 +418,7 @@ def saved(config: train.Config):
     return RunFolder(config.out, state, resume=True).restore(state)
 
 
+@pytest.mark.full
 def test_killed_and_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     config = dataclasses.replace(config, steps=6, warmup=2, eval_every=2, save_every=3)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
@@ -426,6 +440,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     assert [json.loads(line) for line in metrics.splitlines()] == history
 
 
+@pytest.mark.full
 def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
     state = train.init_state(config)
     folder = RunFolder(tmp_path, state)
@@ -439,6 +454,7 @@ def test_rows_after_the_newest_checkpoint_are_logged_once(config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 
+@pytest.mark.full
 def test_checkpoint_of_other_codecs_is_refused(config, tmp_path):
     config = dataclasses.replace(config, steps=2, warmup=0, stop_at=1)
     config = dataclasses.replace(config, out=str(tmp_path))
@@ -454,6 +470,7 @@ def test_checkpoint_of_other_codecs_is_refused(config, tmp_path):
         train.train(config, TEXTS)
 
 
+@pytest.mark.full
 def test_folder_of_an_earlier_run_is_not_overwritten(config, tmp_path):
     state = train.init_state(config)
     RunFolder(tmp_path, state).save(1, state)
@@ -470,6 +487,7 @@ def command_line(line: str) -> train.Config:
     return parse(train.Config, None, line.split())
 
 
+@pytest.mark.full
 def test_command_line():
     assert command_line("") == train.Config()
     parsed = command_line("--master-bits none --learning-rate 1e-4 --steps 70")
@@ -480,6 +498,7 @@ def test_command_line():
             command_line(wrong)
 
 
+@pytest.mark.full
 def test_demo_compares_two_runs(config, tmp_path):
     config = dataclasses.replace(config, steps=4, warmup=1, eval_every=2)
     runs = demo.compare(config, TEXTS)
@@ -504,6 +523,7 @@ def test_demo_compares_two_runs(config, tmp_path):
     assert "total, bytes per parameter" in capture.get()
 
 
+@pytest.mark.full
 def test_gpu_train_compares_equal_steps(config, tmp_path, monkeypatch, capsys):
     """Here on a CPU, in this process, and with few steps."""
     ran = []

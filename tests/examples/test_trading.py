@@ -210,6 +210,7 @@ def test_wrong_actions_are_refused(markets):
         env.step(np.zeros(STOCKS))
 
 
+@pytest.mark.full
 def test_twin_gives_the_rewards_of_the_environment(markets):
     market = markets["test"]
     rng = np.random.default_rng(0)
@@ -242,6 +243,7 @@ def perturbed(config):
     return state.replace(params=params)
 
 
+@pytest.mark.full
 def test_the_future_changes_nothing_before_it(state, markets, data_dir):
     at = 60  # of the test days; prices change after its close
     last = np.flatnonzero(PRICES.dates == markets["test"].dates[at])[0]
@@ -269,6 +271,7 @@ def test_the_future_changes_nothing_before_it(state, markets, data_dir):
     assert episode.rewards[decided] != other.rewards[decided]
 
 
+@pytest.mark.full
 def test_a_day_of_a_window_knows_nothing_of_later_ones(state):
     tokens = np.random.default_rng(2).integers(0, BINS, (1, CONTEXT, STOCKS))
     later = tokens.copy()
@@ -283,6 +286,7 @@ def test_a_day_of_a_window_knows_nothing_of_later_ones(state):
         assert (np.asarray(one[:, 2:]) != np.asarray(two[:, 2:])).any()
 
 
+@pytest.mark.full
 def test_days_at_once_are_days_one_by_one(state, markets):
     market = Market(*(x[:90] for x in markets["test"]))
     at_once = train.act_in_order(state, market, CONTEXT)
@@ -363,6 +367,7 @@ def test_bootstrap_draws_blocks():
     np.testing.assert_array_equal(drawn, again)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", [0.0, 0.8])
 def test_bootstrap_knows_how_sure_a_mean_is(memory):
     """For an autoregression of order 1, whose means have a known deviation."""
@@ -393,6 +398,7 @@ def test_comparison_is_paired():
 # --- training
 
 
+@pytest.mark.full
 def test_agent_learns_a_rule_that_wins(config, markets, tmp_path):
     config = dataclasses.replace(config, out=str(tmp_path))
     console = Console(width=200)
@@ -421,6 +427,7 @@ def test_agent_learns_a_rule_that_wins(config, markets, tmp_path):
     assert (tmp_path / "wealth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     config = dataclasses.replace(
         config, optimizer="adamw", steps=6, eval_every=2, save_every=3, dropout=0.5
@@ -441,6 +448,7 @@ def test_resumed_run_is_the_uninterrupted_run(config, tmp_path):
     assert again.summary["metrics"] == summary["metrics"]
 
 
+@pytest.mark.full
 def test_diverged_run_is_recorded(config):
     config = dataclasses.replace(
         config, steps=20, optimizer="sgd", learning_rate=1e30, param_dtype="float32"

@@ -89,6 +89,7 @@ def test_other_pictures_are_another_dataset(galleries, data_dir):
     assert len(data.prepare(data_dir, DRAWN)["train"]) == 480
 
 
+@pytest.mark.full
 def test_processes_that_ask_at_once_prepare_once(tmp_path, monkeypatch):
     generate, calls = data.LabelledPictures._generate_examples, []
 
@@ -223,6 +224,7 @@ def run_fixture(data_dir, tmp_path_factory):
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", RUNS)
 @pytest.mark.parametrize("model", ["resnet", "vit"])
 def test_an_epoch_teaches_more_than_chance(run, model, optimizer):
@@ -233,6 +235,7 @@ def test_an_epoch_teaches_more_than_chance(run, model, optimizer):
     assert summary["val_loss"] < np.log(4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", RUNS)
 @pytest.mark.parametrize("model", ["resnet", "vit"])
 def test_states_are_stored_as_asked(data_dir, model, optimizer):
@@ -257,6 +260,7 @@ def test_states_are_stored_as_asked(data_dir, model, optimizer):
     assert held == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options", [dict(master_bits=None), dict(master_bits=32), dict(model="vit")]
 )
@@ -272,6 +276,7 @@ def test_norms_stay_float32(data_dir, options):
         assert dtype == {24: "uint8", 32: "uint16"}[bits]
 
 
+@pytest.mark.full
 def test_ends_are_known_by_their_names(data_dir):
     for model, ends in (("resnet", {"head/"}), ("vit", {"embed/", "head/"})):
         config = small(data_dir, model)
@@ -289,6 +294,7 @@ def leaves(params) -> dict[str, jax.Array]:
     }
 
 
+@pytest.mark.full
 def test_numerics_are_reported(run, galleries):
     _, (state, _, _) = run("resnet", "lion8")
     batch = data.batches(galleries["train"], 16, seed=0)[0]
@@ -300,6 +306,7 @@ def test_numerics_are_reported(run, galleries):
     assert set(map(float, numerics.non_finite.values())) == {0.0}
 
 
+@pytest.mark.full
 def test_large_models_have_their_sizes():
     def count(**options):
         config = train.Config(stem_stride=1, **options)
@@ -330,6 +337,7 @@ def test_stages_halve_the_pixels():
 # --- interruption
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model, optimizer", KILLED)
 def test_killed_and_resumed_run_is_the_uninterrupted_run(
     run, tmp_path, model, optimizer

@@ -14,8 +14,14 @@ from jax.interpreters import ad
 
 import optax_flash
 from optax_flash.fusion import fuse
-from optax_flash.fusion.backends import gpu, jax_triton, pallas_triton
-from optax_flash.fusion.backends.choose import choose, misfit
+from optax_flash.fusion.backends import (
+    Target,
+    choose,
+    gpu,
+    jax_triton,
+    pallas_triton,
+    unsupported,
+)
 from optax_flash.fusion.backends.triton_source import KNOWN, Unsupported, Writer
 from optax_flash.fusion.program import ELEMENTWISE
 
@@ -78,6 +84,7 @@ def pallas_lowers(name, dtype):
     return True
 
 
+@pytest.mark.full
 def test_what_pallas_lacks_is_known_exactly():
     names = ELEMENTWISE - DROPPED
     for name in names:
@@ -137,10 +144,10 @@ def test_what_pallas_lacks_is_left_to_xla(function, reason, monkeypatch):
         return function(x).astype(jnp.float32)
 
     program = program_of(optax_flash.compress(momentum(in_float32)))
-    name, because = choose(program, None, "cuda")
-    assert name == ("xla" if reason else "pallas")
+    backend, because = choose(program, None, Target("cuda", gpu.PRESUMED))
+    assert backend.name == ("xla" if reason else "pallas")
     assert reason is None or reason in because
-    assert misfit(program, "interpret") is None
+    assert unsupported(program, "interpret") is None
 
 
 def test_a_missing_package_is_a_reason(monkeypatch):
@@ -152,9 +159,9 @@ def test_a_missing_package_is_a_reason(monkeypatch):
 
 
 def test_what_has_no_form_in_triton_is_a_reason(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(jax_triton, "absent", lambda: None)
     program = program_of(optax_flash.compress(optax.adam(1e-3)))
-    assert jax_triton.reason(program) is None
+    assert jax_triton.unsupported(program, None) is None
     x = jax.ShapeDtypeStruct((4, 32), jnp.float32)
     for function in (lambda x: lax.cumsum(x, 1), lambda x: x.max(0), lambda x: x[:, 1]):
         with pytest.raises(Unsupported):

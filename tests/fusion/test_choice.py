@@ -1,5 +1,6 @@
 """Which kernels an NVIDIA GPU gets, by what is installed and what kind it is."""
 
+import importlib.util
 import sys
 import types
 
@@ -11,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import optax_flash
 from optax_flash.fusion import fuse
-from optax_flash.fusion.backends import choose, jax_triton
+from optax_flash.fusion.backends import Target, choose, jax_triton
 from optax_flash.fusion.backends import gpu as gpus
 
 H100 = gpus.Gpu("NVIDIA H100", 90)
@@ -28,6 +29,12 @@ def program_fixture():
     return leaf.program
 
 
+def chosen(program, gpu=H100):
+    """The name of the backend that runs a program on an NVIDIA GPU, and why."""
+    backend, reason = choose(program, None, Target("cuda", gpu))
+    return backend.name, reason
+
+
 @pytest.fixture(name="installed")
 def installed_fixture(monkeypatch):
     """jax-triton and JAX's CUDA plugin, as far as one can see from outside."""
@@ -35,7 +42,7 @@ def installed_fixture(monkeypatch):
 
 
 def without_module(monkeypatch, missing):
-    find = choose.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == missing else find(name)
     )
@@ -43,19 +50,19 @@ def without_module(monkeypatch, missing):
 
 @pytest.mark.usefixtures("installed")
 def test_triton_comes_first(program):
-    assert choose.choose(program, None, "cuda", H100) == ("triton", "elementwise")
+    assert chosen(program) == ("triton", "elementwise")
 
 
 def test_pallas_comes_where_jax_triton_is_absent(program, monkeypatch):
     without_module(monkeypatch, "jax_triton")
-    found = choose.choose(program, None, "cuda", H100)
+    found = chosen(program)
     assert found == ("pallas", "elementwise; jax-triton is not installed")
 
 
 def test_xla_comes_where_both_are(program, monkeypatch):
     monkeypatch.setattr(jax_triton, "absent", lambda: "jax-triton is not installed")
     without_module(monkeypatch, "jax.experimental.pallas.triton")
-    name, reason = choose.choose(program, None, "cuda", H100)
+    name, reason = chosen(program)
     assert name == "xla"
     assert "does not lower Pallas" in reason and "jax-triton is not" in reason
 
@@ -63,13 +70,13 @@ def test_xla_comes_where_both_are(program, monkeypatch):
 @pytest.mark.parametrize("capability", [70, 75])
 @pytest.mark.usefixtures("installed")
 def test_an_old_gpu_gets_xla(program, capability):
-    name, reason = choose.choose(program, None, "cuda", gpus.Gpu("old", capability))
+    name, reason = chosen(program, gpus.Gpu("old", capability))
     assert name == "xla" and f"7.{capability % 10}, and Triton needs 8.0" in reason
 
 
 @pytest.mark.usefixtures("installed")
 def test_an_unknown_gpu_gets_xla(program):
-    name, reason = choose.choose(program, None, "cuda", None)
+    name, reason = chosen(program, None)
     assert name == "xla" and "AbstractDevice" in reason
 
 

@@ -18,12 +18,7 @@ from jax.sharding import AxisType
 
 import optax_flash
 import optax_flash.flax
-from examples.common.optimizers import make_optimizer
-from examples.lm.model import GPT, GPTConfig
-from optax_flash.fusion import fuse
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import (  # noqa: E402
+from benchmarks.h100 import (
     BACKENDS,
     TARGETS,
     access_widths,
@@ -34,9 +29,13 @@ from h100 import (  # noqa: E402
     mesh_of,
     sharded_like,
 )
+from examples.common.optimizers import make_optimizer
+from examples.lm.model import GPT, GPTConfig
+from optax_flash.fusion import fuse
 
 pytestmark = pytest.mark.cuda
 
+ROOT = pathlib.Path(__file__).parents[2]
 MEGABYTE = 2**20
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-3),
@@ -66,6 +65,7 @@ def state_bytes(tx, params):
 
 
 CODECS = ("companded8", "companded4")
+KINDS = (AxisType.Auto, AxisType.Explicit)
 
 
 def test_triton_is_the_default():
@@ -108,8 +108,9 @@ def test_triton_keeps_ragged_rows_in_registers(codecs):
     assert assemble(ptx, "h100").spilled == 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize(
+    "name, bits", [*((name, 24) for name in OPTIMIZERS), ("adamw", 32), ("sgd", 32)]
+)
 def test_one_kernel_in_place(name, bits):
     tx = finished(OPTIMIZERS[name](), bits)
     compiled = compile_step(tx, matrix())
@@ -179,24 +180,32 @@ def test_ragged_rows():
     assert compiled.temporaries < MEGABYTE
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+# Pairs: every spec with both kinds of mesh and with both codecs, and those together.
 @pytest.mark.parametrize(
-    "devices, spec",
+    "devices, spec, kinds",
     [
-        ((8, 1), ("fsdp",)),
-        ((8, 1), (None, "fsdp")),
-        ((4, 2), ("fsdp", "tp")),
-        ((4, 2), (("fsdp", "tp"), None)),
+        ((8, 1), ("fsdp",), KINDS),
+        ((8, 1), (None, "fsdp"), KINDS[::-1]),
+        ((4, 2), ("fsdp", "tp"), KINDS),
+        ((4, 2), (("fsdp", "tp"), None), KINDS[::-1]),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("codecs", CODECS)
-def test_eight_gpus_exchange_nothing(devices, spec, kind, codecs):
+def test_eight_gpus_exchange_nothing(devices, spec, kinds, codecs):
+    kind = kinds[CODECS.index(codecs)]
     check_eight_gpus(devices, spec, kind, codecs)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
-    "backend, target", [("triton", "b200"), ("pallas", "h100"), ("pallas", "b200")]
+    "backend, target, kind",
+    [
+        ("triton", "b200", AxisType.Explicit),
+        ("pallas", "h100", AxisType.Auto),
+        ("pallas", "h100", AxisType.Explicit),
+        ("pallas", "b200", AxisType.Auto),
+    ],
+    ids=str,
 )
 def test_eight_of_each_gpu_exchange_nothing(backend, target, kind):
     check_eight_gpus((4, 2), ("fsdp", "tp"), kind, "companded8", backend, target)
@@ -317,10 +326,8 @@ def test_a_whole_train_step_has_one_kernel_for_a_matrix():
 
 
 DUMP = """
-import sys
-sys.path.insert(0, {here!r})
 import jax, jax.numpy as jnp, optax, optax_flash
-from h100 import compile_step
+from benchmarks.h100 import compile_step
 params = {{"kernel": jax.ShapeDtypeStruct({shape}, jnp.{dtype})}}
 tx = optax_flash.master_weights(
     optax_flash.compress(optax.{inner}, {codecs!r}), implementation="pallas"
@@ -365,14 +372,15 @@ def check_widths(ptx, inner, codecs):
 def _ptx(folder, inner, codecs, shape):
     """The PTX of the kernel of a step; compiled in a process that dumps it."""
     script = DUMP.format(
-        here=str(pathlib.Path(__file__).parent),
         shape=shape,
         dtype="bfloat16",
         inner=inner,
         codecs=codecs,
     )
     environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder}"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env=environment, cwd=ROOT
+    )
     found = []
     for path in folder.glob("*.ptx"):
         # The head says for which GPU the kernels are.

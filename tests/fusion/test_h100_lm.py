@@ -1,17 +1,13 @@
 """The decoders of examples/lm, compiled for H100s: what their options do to memory."""
 
 import functools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.h100 import mesh_of, sharded_like
 from examples.lm import decoders
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import mesh_of, sharded_like  # noqa: E402
 
 pytestmark = pytest.mark.cuda
 

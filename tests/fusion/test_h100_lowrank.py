@@ -4,9 +4,7 @@ Compiled, not run: needs ``jax[cuda13]`` but no GPU, see ``make test-cuda``.
 """
 
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from h100 import inspect, mesh_of, sharded_like  # noqa: E402
+from benchmarks.h100 import inspect, mesh_of, sharded_like
 
 pytestmark = pytest.mark.cuda
 
@@ -76,10 +72,16 @@ def test_temporaries_and_kernels(dtype):
     assert compiled.kernels.total() <= 80
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+# Both kinds of mesh with the spec that splits both axes, and with one other each.
 @pytest.mark.parametrize(
-    "devices, spec",
-    [((8, 1), ("fsdp", None)), ((1, 8), (None, "tp")), ((4, 2), ("fsdp", "tp"))],
+    "devices, spec, kind",
+    [
+        ((8, 1), ("fsdp", None), AxisType.Auto),
+        ((1, 8), (None, "tp"), AxisType.Explicit),
+        ((4, 2), ("fsdp", "tp"), AxisType.Auto),
+        ((4, 2), ("fsdp", "tp"), AxisType.Explicit),
+    ],
+    ids=str,
 )
 def test_eight_gpus_exchange_no_more_than_factors(devices, spec, kind):
     mesh = mesh_of(devices, ("fsdp", "tp"), kind)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 from optax_flash.fusion import partition
@@ -49,16 +50,17 @@ def run(tx, shape, place):
 
 @pytest.mark.parametrize(
     "shape, spec",
-    [
-        ((64, 256), P("fsdp")),
-        ((64, 256), P(None, "fsdp")),
-        ((64, 256), P("fsdp", "tp")),
-        ((64, 256), P(("fsdp", "tp"), None)),
-        ((8, 16, 64), P("tp", "fsdp")),
-        ((8, 16, 64), P(None, "fsdp", "tp")),
-        ((16, 300), P("fsdp")),
-        ((8192,), P(("fsdp", "tp"))),
-    ],
+    quick(
+        [((64, 256), P("fsdp", "tp"))],
+        [
+            ((64, 256), P(None, "fsdp")),
+            ((64, 256), P("fsdp", "tp")),
+            ((64, 256), P(("fsdp", "tp"), None)),
+            ((8, 16, 64), P("tp", "fsdp")),
+            ((16, 300), P("fsdp")),
+            ((8192,), P(("fsdp", "tp"))),
+        ],
+    ),
     ids=str,
 )
 def test_sharded_equals_single_device(mesh, shape, spec):
@@ -72,7 +74,10 @@ def test_sharded_equals_single_device(mesh, shape, spec):
 @pytest.mark.parametrize(
     "shape, spec",
     # Shards of 16 columns, and of 75, hold no whole groups of 32.
-    [((64, 128), P(None, ("fsdp", "tp"))), ((64, 300), P(None, "fsdp"))],
+    quick(
+        [((64, 300), P(None, "fsdp"))],
+        [((64, 128), P(None, ("fsdp", "tp"))), ((64, 300), P(None, "fsdp"))],
+    ),
     ids=str,
 )
 def test_shards_that_end_within_a_group_are_gathered(mesh, shape, spec):
@@ -156,11 +161,25 @@ PARTS = {
 }
 
 
+# Every case with two implementations, and every implementation with two cases.
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape, spec", PARTS.values(), ids=PARTS)
-def test_a_part_of_a_mesh_axis(line, shape, spec, implementation):
+@pytest.mark.parametrize(
+    "case, implementation",
+    quick(
+        [("flat", "interpret"), ("flat", None)],
+        [
+            ("flat", "interpret"),
+            ("flat", None),
+            ("flat, 3 axes", "xla"),
+            ("flat, 3 axes", "interpret"),
+            ("flat, two codes a byte", None),
+            ("flat, two codes a byte", "xla"),
+        ],
+    ),
+)
+def test_a_part_of_a_mesh_axis(line, case, implementation):
     """XLA shards leaves as it can, also as no PartitionSpec says."""
+    shape, spec = PARTS[case]
     make = optax_flash.adamw4 if shape[0] == 2 else optax_flash.adamw8
     tx = make(1e-3, implementation=implementation)
 
@@ -175,7 +194,7 @@ def test_a_part_of_a_mesh_axis(line, shape, spec, implementation):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", quick(["interpret"], IMPLEMENTATIONS))
 def test_fewer_heads_than_devices(line, implementation):
     tx = optax_flash.adamw8(1e-3, implementation=implementation)
 
@@ -197,7 +216,7 @@ def test_fewer_heads_than_devices(line, implementation):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", quick([None], IMPLEMENTATIONS))
 def test_shard_map_over_one_of_two_axes(implementation):
     """Where the other axis is left to XLA, types do not tell how leaves are sharded."""
     mesh = jax.make_mesh((4, 2), ("data", "tp"), axis_types=(AxisType.Auto,) * 2)

@@ -5,9 +5,7 @@ Needs jax-triton and the CUDA plugin, which the extra ``cuda13`` brings, but no 
 
 import contextlib
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +18,13 @@ import optax_flash
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import jax_triton as backend
+from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.backends.triton_source import HEADER, Writer
-from optax_flash.fusion.backends.tuning import DEFAULT, Config
-from optax_flash.fusion.launch import plan
+from optax_flash.fusion.launch import DEFAULT, Config, plan
 from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Place, Shard
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from equality import OPTIMIZERS  # noqa: E402
-from test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME  # noqa: E402
+from tests.fusion.equality import OPTIMIZERS
+from tests.fusion.test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME
 
 pytestmark = pytest.mark.cuda
 jax_triton = pytest.importorskip("jax_triton")
@@ -164,7 +160,7 @@ def fast_reductions(monkeypatch):
 
 
 def update(shards, config=DEFAULT):
-    """What ``backend.update`` computes, by the interpreter."""
+    """What ``backend.run`` computes, by the interpreter."""
     planned = plan(shards, config)
     arrays = [np.array(x) for x in planned.operands]
     donors = {result: operand for operand, result in planned.aliases.items()}
@@ -376,7 +372,7 @@ def compile_for_cuda(tx, shape, dtype):
     ]
 
     def run_kernel(*operands):
-        (results,) = backend.update([whole_leaf(program, operands)], DEFAULT, H100)
+        (results,) = backend.run([whole_leaf(program, operands)], Target("cuda", H100))
         return results
 
     return program, lower_for_cuda(run_kernel, *operands).as_text()

@@ -5,8 +5,8 @@ of whole models is ``make llama-memory``.
 """
 
 import pytest
-from llama_memory import Case, compile_case
 
+from benchmarks.llama_memory import Case, compile_case
 from optax_flash.plan import models
 
 pytestmark = pytest.mark.cuda

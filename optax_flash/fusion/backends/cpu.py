@@ -24,6 +24,7 @@ from jax.extend import core
 
 from optax_flash.codecs import arithmetic
 from optax_flash.codecs.base import Codec
+from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.jaxprs import jaxpr_of, slice_equations
 from optax_flash.fusion.launch import tile_operands
 from optax_flash.fusion.ops import Encode, Tile, op_p
@@ -31,25 +32,31 @@ from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Place, Shard, from_tile, to_tile
 
 
-def update(shards: list[Shard]) -> list[list[jax.Array]]:
+def absent() -> None:
+    """XLA is always there."""
+
+
+def run(shards: list[Shard], target: Target) -> list[list[jax.Array]]:
     """The results of programs, each on a shard of its leaf.
 
     XLA runs at the same time what shares no memory. So that this holds for leaves of
     different calls, what a leaf writes on the way stays alive until the next one of its
     own call begins.
     """
+    del target
     results = []
     temporaries: list[jax.Array] = []
     for shard in shards:
         last = len(results) == len(shards) - 1
         operands = _held(shard.operands, temporaries)
-        of_leaf, temporaries = _update(shard._replace(operands=operands), last)
+        of_leaf, temporaries = _run(shard._replace(operands=operands), last)
         results.append(of_leaf)
     return results
 
 
-def misfit(program: Program) -> str | None:
+def unsupported(program: Program, target: Target | None) -> str | None:
     """Why phases are of no use to a program; None if they are."""
+    del target
     if not program.size:
         return "it is empty"
     if not program.shape:
@@ -73,7 +80,7 @@ def _encodes(program: Program) -> list[core.JaxprEqn]:
     ]
 
 
-def _update(shard: Shard, last: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+def _run(shard: Shard, last: bool) -> tuple[list[jax.Array], list[jax.Array]]:
     """The results, and unless it is the last what was written on the way."""
     program, shape = shard.program, shard.shape
     layout = Layout.of(program, shape, shard.place)

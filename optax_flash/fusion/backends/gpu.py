@@ -83,7 +83,7 @@ def of_lowering(context: Any) -> Gpu | None:
     return found or _of_mesh(jax.sharding.get_abstract_mesh()) or at_hand()
 
 
-def misfit(gpu: Gpu | None) -> str | None:
+def unsupported(gpu: Gpu | None) -> str | None:
     """Why no kernel is compiled for a GPU; None if one is."""
     if gpu is None:
         return NEEDED

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_flash.fusion.backends import gpu as gpus
+from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.backends.triton_source import HEADER, Unsupported, Writer
-from optax_flash.fusion.backends.tuning import Config
 from optax_flash.fusion.launch import (
+    DEFAULT,
     Addresses,
+    Config,
     Plan,
     addresses,
     computation,
@@ -35,14 +37,18 @@ from optax_flash.fusion.program import Program
 from optax_flash.fusion.tiles import Shard, Where
 
 
-def update(shards: list[Shard], config: Config, gpu: gpus.Gpu) -> list[list[jax.Array]]:
+def run(
+    shards: list[Shard], target: Target, config: Config = DEFAULT
+) -> list[list[jax.Array]]:
     """The results of programs of one family, each on a shard of its leaf.
 
     Args:
       shards: what to compute on.
+      target: what to compile for; its GPU is known.
       config: the size of tiles and of blocks of threads.
-      gpu: what to compile for.
     """
+    gpu = target.gpu
+    assert gpu
     planned = plan(shards, config)
     results = planned.flat_results()
     call = calling(
@@ -159,8 +165,19 @@ def _compiling() -> Iterator[None]:
         yield
 
 
+def unsupported(program: Program, target: Target | None) -> str | None:
+    """Why it cannot run a program; None if it can."""
+    if reason := unsupported_by_kernels(program):
+        return reason
+    if reason := absent():
+        return f"{reason}; the extra optax_flash[cuda13] brings what it needs"
+    if reason := _unwritable(program):
+        return reason
+    return gpus.unsupported(target.gpu) if target else None
+
+
 @once_a_family
-def reason(program: Program) -> str | None:
+def _unwritable(program: Program) -> str | None:
     """Why a program cannot be written as a kernel; None if it can."""
     function, args = on_one_unit(program)
     try:

@@ -23,6 +23,7 @@ from jax.extend import core
 from optax_flash.codecs import hashing
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion.backends import int32
+from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.launch import on_one_unit, once_a_family
 from optax_flash.fusion.ops import Decode, Elementwise, Encode, Within, op_p
 from optax_flash.fusion.program import CALLS, Program, Role, flat_equations
@@ -38,9 +39,19 @@ ELEMENTS = 2**17
 """Of a block, about: some dozens of arrays of it must fit into 16 MB."""
 
 
+def absent() -> None:
+    """Pallas is a part of JAX."""
+
+
+def unsupported(program: Program, target: Target | None) -> str | None:
+    """Why it cannot run a program; None if it can."""
+    del target
+    return unsupported_by_kernels(program) or _unlowerable(program)
+
+
 @once_a_family
-def reason(program: Program) -> str | None:
-    """Why a program cannot run in a kernel of this kind; None if it can."""
+def _unlowerable(program: Program) -> str | None:
+    """Why Pallas cannot lower a program to Mosaic; None if it can."""
     codecs = {role.codec for role in program.inputs if role.codec}
     if not codecs:
         return "nothing is in codes, and XLA alone makes one kernel of it"
@@ -56,17 +67,14 @@ def reason(program: Program) -> str | None:
     return None
 
 
-def update(shards: list[Shard], interpret: bool = False) -> list[list[jax.Array]]:
-    """The results of programs, each on a shard of its leaf.
-
-    Args:
-      shards: what to compute on.
-      interpret: run in XLA on any platform, for tests.
-    """
-    return [_update(shard, interpret) for shard in shards]
+def run(shards: list[Shard], target: Target) -> list[list[jax.Array]]:
+    """The results of programs, each on a shard of its leaf."""
+    del target
+    return [launched(shard) for shard in shards]
 
 
-def _update(shard: Shard, interpret: bool) -> list[jax.Array]:
+def launched(shard: Shard, interpret: bool = False) -> list[jax.Array]:
+    """The results of one kernel; in XLA on any platform to ``interpret``: for tests."""
     program, n = shard.program, shard.shape[-1]
     m = math.prod(shard.shape[:-1])
     # Whole vectors of 128, of bytes with two codes too.

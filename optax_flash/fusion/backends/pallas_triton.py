@@ -7,6 +7,7 @@ jax 0.11 deprecates this way of lowering; ``triton`` does without it.
 
 import contextlib
 import functools
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +20,11 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from optax_flash.fusion.backends import gpu as gpus
-from optax_flash.fusion.backends.tuning import Config
+from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.launch import (
+    DEFAULT,
     Addresses,
+    Config,
     Leaf,
     addresses,
     computation,
@@ -39,9 +42,30 @@ UNSUPPORTED_IN_16_BITS = frozenset({"div", "logistic"})
 """Those that it cannot lower for bfloat16 and float16."""
 
 
+def absent() -> str | None:
+    """Why it cannot be used here; None if it can. JAX will drop it."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this release of JAX does not lower Pallas through Triton"
+    return None
+
+
+def unsupported(program: Program, target: Target | None) -> str | None:
+    """Why it cannot run a program; None if it can."""
+    if reason := unsupported_by_kernels(program) or absent() or _unlowerable(program):
+        return reason
+    if target is None or (target.gpu is None and not needs_gpu()):
+        return None
+    return gpus.unsupported(target.gpu)
+
+
+def run(shards: list[Shard], target: Target) -> list[list[jax.Array]]:
+    """The results of programs of one family, each on a shard of its leaf."""
+    return launched(shards, target.gpu)
+
+
 @once_a_family
-def reason(program: Program) -> str | None:
-    """Why a program cannot run in a kernel of this kind; None if it can."""
+def _unlowerable(program: Program) -> str | None:
+    """Why Pallas cannot lower a program to Triton; None if it can."""
     function, args = on_one_unit(program)
     for eqn in flat_equations(jax.make_jaxpr(function)(*args).jaxpr):
         name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
@@ -57,18 +81,18 @@ def needs_gpu() -> bool:
     return jax.__version_info__ >= (0, 11)
 
 
-def update(
+def launched(
     shards: list[Shard],
-    config: Config,
-    gpu: gpus.Gpu | None = None,
+    gpu: gpus.Gpu | None,
+    config: Config = DEFAULT,
     interpret: bool = False,
 ) -> list[list[jax.Array]]:
-    """The results of programs of one family, each on a shard of its leaf.
+    """The results of one kernel.
 
     Args:
       shards: what to compute on.
-      config: the size of tiles and of blocks of threads.
       gpu: what to compile for; None where any will do.
+      config: the size of tiles and of blocks of threads.
       interpret: run in XLA on any platform, for tests.
     """
     planned = plan(shards, config)

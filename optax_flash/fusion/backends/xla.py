@@ -9,17 +9,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.ops import Tile
-from optax_flash.fusion.program import Role, evaluate
+from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Shard, from_tile, to_tile
 
 
-def update(shards: list[Shard]) -> list[list[jax.Array]]:
+def absent() -> None:
+    """XLA is always there."""
+
+
+def unsupported(program: Program, target: Target | None) -> None:
+    """It runs every program."""
+    del program, target
+
+
+def run(shards: list[Shard], target: Target) -> list[list[jax.Array]]:
     """The results of programs, each on a shard of its leaf."""
-    return [_update(shard) for shard in shards]
+    del target
+    return [_run(shard) for shard in shards]
 
 
-def _update(shard: Shard) -> list[jax.Array]:
+def _run(shard: Shard) -> list[jax.Array]:
     program, shape = shard.program, shard.shape
     lanes = program.lanes if program.lanes > 1 else max(shape[-1], 1)
     layout = Layout(shape, lanes)

@@ -15,6 +15,8 @@ from optax_flash import Affine4, Affine8, Companded4, Companded8, ExactResidual
 from optax_flash.codecs import hashing
 from optax_flash.codecs.curves import CURVES
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 STEPS = 4096
 
 # Codes that are no whole numbers, from the bottom of the range to the top.

@@ -10,6 +10,8 @@ from absl.testing import parameterized
 
 from optax_flash import FlashOptim8, FlashOptimResidual
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 with np.load(
     pathlib.Path(__file__).parents[1] / "golden" / "flashoptim_reference.npz"
 ) as file:

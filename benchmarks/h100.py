@@ -3,7 +3,7 @@
 XLA needs the CUDA plugin of ``jax[cuda13]`` and a description of the device, not the
 device itself.
 
-    JAX_PLATFORMS=cpu python tests/fusion/h100.py
+    JAX_PLATFORMS=cpu python -m benchmarks.h100
 
 prints what becomes of AdamW by each kind of kernel, a table of docs/kernels.md.
 """

@@ -6,6 +6,8 @@ import pytest
 
 from optax_flash.codecs.curves import CURVES
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 SIGNED, UNSIGNED = 7, 16  # the last places
 
 

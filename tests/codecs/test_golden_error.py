@@ -2,7 +2,7 @@
 
 The error of a row is the mean square of (decoded - x) over the mean square of x, and
 the table has its mean over the rows, rounded to nearest and stochastically. A change
-that means to move it pastes in what ``python tests/numerics/test_golden_error.py``
+that means to move it pastes in what ``python tests/codecs/test_golden_error.py``
 prints.
 """
 

@@ -15,6 +15,8 @@ from optax_flash.codecs import hashing
 from optax_flash.codecs import residual as residuals
 from optax_flash.codecs.residual import round_to
 
+pytestmark = pytest.mark.usefixtures("strict_types")
+
 DTYPES = [ml_dtypes.bfloat16, np.float16]
 SEEDS = [None, np.uint32(7)]
 EXACT_24, EXACT_32 = ExactResidual(bits=24), ExactResidual(bits=32)
