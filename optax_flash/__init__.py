@@ -9,6 +9,9 @@ from optax_flash.aliases import adamw4 as adamw4
 from optax_flash.aliases import adamw8 as adamw8
 from optax_flash.aliases import lion4 as lion4
 from optax_flash.aliases import lion8 as lion8
+from optax_flash.aliases import lora_pre_adamw as lora_pre_adamw
+from optax_flash.aliases import lora_pre_muon as lora_pre_muon
+from optax_flash.aliases import lowrank_adamw as lowrank_adamw
 from optax_flash.aliases import scale_by_adam8 as scale_by_adam8
 from optax_flash.aliases import scale_by_lion8 as scale_by_lion8
 from optax_flash.aliases import sgd4 as sgd4
@@ -31,7 +34,9 @@ from optax_flash.io.formats import check_format as check_format
 from optax_flash.io.formats import state_format as state_format
 from optax_flash.io.safetensors import load_safetensors as load_safetensors
 from optax_flash.io.safetensors import save_safetensors as save_safetensors
-from optax_flash.lowrank.adam import LowRankAdamState as LowRankAdamState
+from optax_flash.lowrank.adam import (
+    ScaleByLowrankAdamState as ScaleByLowrankAdamState,
+)
 from optax_flash.lowrank.adam import scale_by_lowrank_adam as scale_by_lowrank_adam
 from optax_flash.lowrank.lora_pre import ScaleByLoraPreState as ScaleByLoraPreState
 from optax_flash.lowrank.lora_pre import scale_by_lora_pre as scale_by_lora_pre
@@ -41,9 +46,6 @@ from optax_flash.lowrank.lora_pre_muon import (
 from optax_flash.lowrank.lora_pre_muon import (
     scale_by_lora_pre_muon as scale_by_lora_pre_muon,
 )
-from optax_flash.lowrank_aliases import lora_pre_adamw as lora_pre_adamw
-from optax_flash.lowrank_aliases import lora_pre_muon as lora_pre_muon
-from optax_flash.lowrank_aliases import lowrank_adamw as lowrank_adamw
 from optax_flash.reports.explain import Explanation as Explanation
 from optax_flash.reports.explain import explain as explain
 from optax_flash.reports.memory import MemoryReport as MemoryReport
@@ -63,8 +65,15 @@ from optax_flash.transforms.master_weights import changed_params as changed_para
 from optax_flash.transforms.master_weights import master_params as master_params
 from optax_flash.transforms.master_weights import master_weights as master_weights
 from optax_flash.transforms.master_weights import set_master_params as set_master_params
-from optax_flash.transforms.tame import TameState as TameState
-from optax_flash.transforms.tame import tame as tame
+from optax_flash.transforms.tamed_adam import (
+    ScaleByTamedAdamState as ScaleByTamedAdamState,
+)
+from optax_flash.transforms.tamed_adam import scale_by_tamed_adam as scale_by_tamed_adam
+
+# Older names of the same.
+tame = scale_by_tamed_adam
+TameState = ScaleByTamedAdamState
+LowRankAdamState = ScaleByLowrankAdamState
 
 __version__ = "0.1.0"
 

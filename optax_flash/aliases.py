@@ -1,4 +1,4 @@
-"""The optimizers people ask for by name: optax's own, with an 8- or 4-bit state."""
+"""The optimizers people ask for by name, their states in codes of 8 or 4 bits."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms._arguments import check_no_dtype
+from optax_flash.lowrank._factors import Rank, Where, check_rank
+from optax_flash.lowrank.adam import FIELDS, scale_by_lowrank_adam
+from optax_flash.lowrank.lora_pre import DAMPING, scale_by_lora_pre
+from optax_flash.lowrank.lora_pre_muon import NS_COEFFS, scale_by_lora_pre_muon
+from optax_flash.transforms import _mirror
+from optax_flash.transforms._arguments import check_no_dtype, check_only
 from optax_flash.transforms.compress import Codecs, compress
-from optax_flash.transforms.tame import tame
+from optax_flash.transforms.tamed_adam import scale_by_tamed_adam
 
 Mask = Any | Callable[[optax.Params], Any] | None
 Scalar = jax.typing.ArrayLike
@@ -83,12 +88,9 @@ def adamw8(
     check_no_dtype("adamw8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.adamw(
-            number(learning_rate),
-            b1=rate("b1", b1),
-            b2=rate("b2", b2),
-            eps=number(eps),
-            eps_root=number(eps_root),
-            weight_decay=number(weight_decay),
+            _number(learning_rate),
+            **_rates(b1=b1, b2=b2),
+            **_numbers(eps=eps, eps_root=eps_root, weight_decay=weight_decay),
             mask=mask,
             nesterov=nesterov,
         ),
@@ -113,7 +115,9 @@ def tamed_adamw8(
     codecs: Codecs = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`adamw8` whose momentum sees clipped gradients: :func:`tame` in codes.
+    """:func:`adamw8` whose momentum sees clipped gradients.
+
+    :func:`scale_by_tamed_adam`, weight decay and the learning rate, in codes.
 
     Args:
       learning_rate: a number or a schedule.
@@ -124,7 +128,7 @@ def tamed_adamw8(
       mu_dtype: None, as in :func:`adamw8`.
       weight_decay: multiplied by the learning rate.
       mask: which params decay, as in :func:`adamw8`.
-      threshold: see :func:`tame`; infinity for :func:`adamw8`.
+      threshold: see :func:`scale_by_tamed_adam`; infinity for :func:`adamw8`.
       relative: whether it is in units of the root of the second moment.
       nesterov: use Nesterov momentum.
       codecs: see :func:`compress`.
@@ -147,13 +151,11 @@ def tamed_adamw8(
     """
     check_no_dtype("tamed_adamw8", "mu_dtype", mu_dtype, "mu")
     return compress(
-        with_decay(
-            tame(
-                number(threshold),
-                b1=rate("b1", b1),
-                b2=rate("b2", b2),
-                eps=number(eps),
-                eps_root=number(eps_root),
+        _with_decay(
+            scale_by_tamed_adam(
+                _number(threshold),
+                **_rates(b1=b1, b2=b2),
+                **_numbers(eps=eps, eps_root=eps_root),
                 relative=relative,
                 nesterov=nesterov,
             ),
@@ -194,11 +196,9 @@ def adam8(
     check_no_dtype("adam8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.adam(
-            number(learning_rate),
-            b1=rate("b1", b1),
-            b2=rate("b2", b2),
-            eps=number(eps),
-            eps_root=number(eps_root),
+            _number(learning_rate),
+            **_rates(b1=b1, b2=b2),
+            **_numbers(eps=eps, eps_root=eps_root),
             nesterov=nesterov,
         ),
         codecs,
@@ -253,10 +253,9 @@ def lion8(
     check_no_dtype("lion8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.lion(
-            number(learning_rate),
-            b1=rate("b1", b1),
-            b2=rate("b2", b2),
-            weight_decay=number(weight_decay),
+            _number(learning_rate),
+            **_rates(b1=b1, b2=b2),
+            weight_decay=_number(weight_decay),
             mask=mask,
         ),
         codecs,
@@ -304,9 +303,9 @@ def sgd8(
     """
     check_no_dtype("sgd8", "accumulator_dtype", accumulator_dtype, "trace")
     if momentum is not None:
-        momentum = rate("momentum", momentum)
+        momentum = _rate("momentum", momentum)
     return compress(
-        optax.sgd(number(learning_rate), momentum=momentum, nesterov=nesterov),
+        optax.sgd(_number(learning_rate), momentum=momentum, nesterov=nesterov),
         codecs,
         implementation=implementation,
     )
@@ -349,18 +348,7 @@ def adamw4(
       2309.01507.
     """
     check_no_dtype("adamw4", "mu_dtype", mu_dtype, "mu")
-    return adamw8(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        weight_decay=weight_decay,
-        mask=mask,
-        nesterov=nesterov,
-        codecs=codecs,
-        implementation=implementation,
-    )
+    return adamw8(**locals())
 
 
 def adam4(
@@ -384,16 +372,7 @@ def adam4(
       (64, 32)
     """
     check_no_dtype("adam4", "mu_dtype", mu_dtype, "mu")
-    return adam8(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        nesterov=nesterov,
-        codecs=codecs,
-        implementation=implementation,
-    )
+    return adam8(**locals())
 
 
 def lion4(
@@ -416,15 +395,7 @@ def lion4(
       (64, 32)
     """
     check_no_dtype("lion4", "mu_dtype", mu_dtype, "mu")
-    return lion8(
-        learning_rate,
-        b1,
-        b2,
-        weight_decay=weight_decay,
-        mask=mask,
-        codecs=codecs,
-        implementation=implementation,
-    )
+    return lion8(**locals())
 
 
 def sgd4(
@@ -445,13 +416,7 @@ def sgd4(
       (64, 32)
     """
     check_no_dtype("sgd4", "accumulator_dtype", accumulator_dtype, "trace")
-    return sgd8(
-        learning_rate,
-        momentum,
-        nesterov,
-        codecs=codecs,
-        implementation=implementation,
-    )
+    return sgd8(**locals())
 
 
 def scale_by_adam8(
@@ -474,10 +439,8 @@ def scale_by_adam8(
     check_no_dtype("scale_by_adam8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.scale_by_adam(
-            b1=rate("b1", b1),
-            b2=rate("b2", b2),
-            eps=number(eps),
-            eps_root=number(eps_root),
+            **_rates(b1=b1, b2=b2),
+            **_numbers(eps=eps, eps_root=eps_root),
             nesterov=nesterov,
         ),
         codecs,
@@ -506,8 +469,7 @@ def scale_by_lion8(
     check_no_dtype("scale_by_lion8", "mu_dtype", mu_dtype, "mu")
     return compress(
         optax.scale_by_lion(
-            b1=rate("b1", b1),
-            b2=rate("b2", b2),
+            **_rates(b1=b1, b2=b2),
             mode=mode,
             smooth_beta=smooth_beta,
         ),
@@ -532,13 +494,334 @@ def trace8(
     """
     check_no_dtype("trace8", "accumulator_dtype", accumulator_dtype, "trace")
     return compress(
-        optax.trace(rate("decay", decay), nesterov=nesterov),
+        optax.trace(_rate("decay", decay), nesterov=nesterov),
         codecs,
         implementation=implementation,
     )
 
 
-def with_decay(
+def lora_pre_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    *,
+    rank: Rank,
+    damping: Scalar = DAMPING,
+    bias_correction: str = "matched",
+    where: Where = None,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with low-rank moments for matrices, and all of its state in 8-bit codes.
+
+    ``compress(chain(scale_by_lora_pre, add_decayed_weights, scale_by_learning_rate))``.
+    A matrix (p, q) takes 2 rank (p + q) codes in the place of 2 p q; ``codecs`` that
+    give None for ``"mu_left"``, ``"mu_right"``, ``"nu_left"`` and ``"nu_right"`` keep
+    factors in float32. So do factors under 4,096 elements.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added outside of the square root.
+      eps_root: added inside of it.
+      mu_dtype: None, as in :func:`adamw8`.
+      weight_decay: multiplied by the learning rate.
+      mask: tree of booleans, or a function of the params that gives one: which params
+        decay.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+      damping: see :func:`scale_by_lora_pre`.
+      bias_correction: see :func:`scale_by_lora_pre`.
+      where: which leaves may be factored, by their path. The paper leaves embeddings
+        and the head to Adam: ``lambda path: "embed" not in path``.
+      codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: see :func:`scale_by_lora_pre`; a decay rate in half precision; a
+        ``mu_dtype``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_flash
+      >>> f = lambda x: jnp.sum(x ** 2)
+      >>> params = jnp.ones((64, 64))
+      >>> tx = optax_flash.lora_pre_adamw(0.1, rank=8)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"Loss: {f(params):.0f}")
+      Loss: 3318
+      Loss: 2620
+      Loss: 2019
+      Loss: 1385
+      Loss: 851
+
+    References:
+      "Taming Momentum", arXiv 2602.24283.
+    """
+    fields = ("mu_left", "mu_right")
+    check_no_dtype("lora_pre_adamw", "mu_dtype", mu_dtype, *fields)
+    return compress(
+        _with_decay(
+            scale_by_lora_pre(
+                rank=rank,
+                **_rates(b1=b1, b2=b2),
+                **_numbers(eps=eps, eps_root=eps_root),
+                damping=_number(damping),
+                bias_correction=bias_correction,
+                where=where,
+            ),
+            learning_rate,
+            weight_decay,
+            mask,
+        ),
+        codecs,
+        implementation=implementation,
+    )
+
+
+def lora_pre_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: None = None,
+    *,
+    rank: Rank,
+    nesterov: bool = False,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.999,
+    adam_eps_root: Scalar = 0.0,
+    adam_weight_decay: Scalar = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: None = None,
+    consistent_rms: Scalar | None = None,
+    damping: Scalar = DAMPING,
+    where: Where = None,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with a low-rank momentum for matrices; AdamW with 8-bit moments for others.
+
+    A matrix (p, q) takes rank (p + q) codes; ``codecs`` that give None for
+    ``"mu_left"`` and ``"mu_right"`` keep them in float32. One too small for the rank is
+    still Muon's, with its whole momentum in codes. Leaves of more than two axes are
+    batches of matrices; ``optax.contrib.muon`` gives those to Adam.
+
+    Args:
+      learning_rate: a number or a schedule.
+      ns_coeffs: of the Newton-Schulz iteration; see :func:`scale_by_lora_pre_muon`.
+      ns_steps: how many iterations.
+      beta: decay rate of the momentum.
+      eps: for the norm of a momentum, and for Adam.
+      weight_decay: of Muon's leaves, multiplied by the learning rate.
+      weight_decay_mask: which of Muon's leaves decay.
+      mu_dtype: None, as in :func:`adamw8`.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+      nesterov: use Nesterov momentum; the default is not that of optax.
+      adaptive: False; optax's other choice is not there.
+      preconditioning: "frobenius"; optax's other choices are not there.
+      adam_b1: decay rate of Adam's first moment.
+      adam_b2: decay rate of its second.
+      adam_eps_root: added inside of its square root.
+      adam_weight_decay: of Adam's leaves.
+      adam_learning_rate: None takes ``learning_rate``.
+      muon_weight_dimension_numbers: None; ``where`` says which leaves are Muon's.
+      consistent_rms: see :func:`scale_by_lora_pre_muon`.
+      damping: see :func:`scale_by_lora_pre`.
+      where: which leaves of two axes or more are Muon's, by their path; None: all. Keep
+        embeddings and the head out of it.
+      codecs: see :func:`optax_flash.compress`.
+      implementation: see :func:`optax_flash.compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: see :func:`scale_by_lora_pre_muon`; a decay rate in half precision;
+        an argument of ``optax.contrib.muon`` that has no meaning here.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flash
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+      >>> tx = optax_flash.lora_pre_muon(0.02, rank=8)
+      >>> state = tx.init(params)
+      >>> optax.tree.get(state, "mu_left")["kernel"].shape
+      (8, 64)
+
+    References:
+      "Taming Momentum", arXiv 2602.24283, and Jordan, "Muon", 2024.
+    """
+    check_rank("lora_pre_muon", rank)
+    check_no_dtype("lora_pre_muon", "mu_dtype", mu_dtype, "mu_left", "mu_right")
+    only = "Only False is possible: the update is scaled as in plain Muon"
+    check_only("lora_pre_muon", "adaptive", adaptive, False, only)
+    only = "Only 'frobenius' is possible: a momentum is divided by its Frobenius norm"
+    check_only("lora_pre_muon", "preconditioning", preconditioning, "frobenius", only)
+    given = muon_weight_dimension_numbers
+    only = "Leave it out, and say by where=, of paths, which leaves are Muon's"
+    check_only("lora_pre_muon", "muon_weight_dimension_numbers", given, None, only)
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+
+    def label(path: str, x: jax.Array) -> str:
+        matrix = x.ndim >= 2 and _mirror.is_real(x)
+        chosen = matrix and (where is None or where(path))
+        return "muon" if chosen else "adam"
+
+    muon = _with_decay(
+        scale_by_lora_pre_muon(
+            _rate("beta", beta),
+            rank=rank,
+            nesterov=nesterov,
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            eps=_number(eps),
+            consistent_rms=_number(consistent_rms),
+            damping=_number(damping),
+        ),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+    )
+    adam = optax.adamw(
+        _number(adam_learning_rate),
+        b1=_rate("adam_b1", adam_b1),
+        b2=_rate("adam_b2", adam_b2),
+        **_numbers(eps=eps, eps_root=adam_eps_root, weight_decay=adam_weight_decay),
+    )
+    return compress(
+        optax.partition(
+            {"muon": muon, "adam": adam},
+            lambda params: _mirror.map_with_path(label, params),
+        ),
+        codecs,
+        implementation=implementation,
+    )
+
+
+def lowrank_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: None = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
+    *,
+    rank: Rank,
+    refresh_every: int = 1,
+    strategy: str = "randomized",
+    oversampling: int = 8,
+    power_iterations: int = 1,
+    min_dim: int = 64,
+    max_aspect: float = 100,
+    where: Where = None,
+    seed: int = 0,
+    codecs: Codecs = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with moments of low rank, and all of its state in 8-bit codes.
+
+    :func:`scale_by_lowrank_adam`, weight decay and the learning rate, under
+    :func:`compress`. A factored p by q matrix keeps ``2 * rank * (p + q)`` codes in the
+    place of ``2 * p * q``. With ``"periodic"`` factors stay in float32: between two
+    refreshes a basis is not made orthonormal again.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added outside of the square root.
+      eps_root: added inside of it.
+      mu_dtype: None, as in :func:`adamw8`.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate.
+      mask: which params decay, as in :func:`adamw8`.
+      rank: components of each moment, or a share of a matrix's smaller side.
+      refresh_every: see :func:`scale_by_lowrank_adam`, as the next seven.
+      strategy: how a basis is found.
+      oversampling: of the random sketch.
+      power_iterations: of the random sketch.
+      min_dim: smallest side of a factored matrix.
+      max_aspect: largest ratio of its sides.
+      where: which params may be factored, a predicate on their paths.
+      seed: of the sketches.
+      codecs: see :func:`compress`; None stores factors in codes too, a mapping those
+        that it names.
+      implementation: see :func:`compress`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: a decay rate in half precision, a ``mu_dtype``, and what
+        :func:`scale_by_lowrank_adam` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_flash
+      >>> f = lambda x: jnp.sum(x ** 2)
+      >>> params = jnp.ones((64, 64))
+      >>> tx = optax_flash.lowrank_adamw(0.1, rank=4)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"Loss: {f(params):.0f}")
+      Loss: 3318
+      Loss: 2624
+      Loss: 2016
+      Loss: 1494
+      Loss: 1057
+
+    References:
+      MLorc, arXiv 2506.01897.
+    """
+    check_no_dtype("lowrank_adamw", "mu_dtype", mu_dtype, *FIELDS)
+    extra: dict[str, Any] = dict(
+        refresh_every=refresh_every,
+        strategy=strategy,
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        min_dim=min_dim,
+        max_aspect=max_aspect,
+        where=where,
+        seed=seed,
+    )
+    if codecs is None and strategy != "periodic":
+        codecs = dict.fromkeys(FIELDS, "companded8")
+    return compress(
+        _with_decay(
+            scale_by_lowrank_adam(
+                rank=rank,
+                **_rates(b1=b1, b2=b2),
+                **_numbers(eps=eps, eps_root=eps_root),
+                **extra,
+            ),
+            learning_rate,
+            weight_decay,
+            mask,
+        ),
+        codecs,
+        implementation=implementation,
+    )
+
+
+def _with_decay(
     scale_by: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Scalar,
@@ -547,17 +830,17 @@ def with_decay(
     """A direction, decoupled weight decay and the learning rate, as in AdamW."""
     return optax.chain(
         scale_by,
-        optax.add_decayed_weights(number(weight_decay), mask),
-        optax.scale_by_learning_rate(number(learning_rate)),
+        optax.add_decayed_weights(_number(weight_decay), mask),
+        optax.scale_by_learning_rate(_number(learning_rate)),
     )
 
 
-def number(x: Any) -> Any:
+def _number(x: Any) -> Any:
     """A hyperparameter in float32, where it came as a half-precision array."""
     return x.astype(jnp.float32) if _is_half(x) else x
 
 
-def rate(name: str, x: Any) -> Any:
+def _rate(name: str, x: Any) -> Any:
     """A decay rate, which half precision would have spoiled already."""
     if _is_half(x):
         raise ValueError(
@@ -566,6 +849,16 @@ def rate(name: str, x: Any) -> Any:
             "params: pass hyperparam_dtype=jnp.float32 to it."
         )
     return x
+
+
+def _numbers(**given: Any) -> dict[str, Any]:
+    """Hyperparameters by name, each as :func:`_number` gives it."""
+    return {name: _number(x) for name, x in given.items()}
+
+
+def _rates(**given: Any) -> dict[str, Any]:
+    """Decay rates by name, each as :func:`_rate` gives it."""
+    return {name: _rate(name, x) for name, x in given.items()}
 
 
 def _is_half(x: Any) -> bool:

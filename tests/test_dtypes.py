@@ -110,9 +110,9 @@ class TestNarrowGradients:
     def test_without_params_the_gradient_decides(self):
         for tx in (
             optax_flash.scale_by_adam8(),
-            optax_flash.tame(0.5),
-            optax_flash.scale_by_lora_pre(4),
-            optax_flash.scale_by_lowrank_adam(4, min_dim=8),
+            optax_flash.scale_by_tamed_adam(0.5),
+            optax_flash.scale_by_lora_pre(rank=4),
+            optax_flash.scale_by_lowrank_adam(rank=4, min_dim=8),
         ):
             grads = random("float16")
             updates, _ = tx.update(grads, tx.init(random("float32")))
@@ -133,19 +133,21 @@ EVERY = {
     "sgd4": lambda: optax_flash.sgd4(0.1, momentum=0.9, nesterov=True),
     "flashoptim": lambda: optax_flash.adamw8(0.01, codecs="flashoptim"),
     "affine4": lambda: optax_flash.adamw8(0.01, codecs="affine4"),
-    "tame": lambda: optax_flash.tame(0.5, relative=True, nesterov=True),
-    "lora_pre": lambda: optax_flash.scale_by_lora_pre(4),
-    "lora_pre_paper": lambda: optax_flash.scale_by_lora_pre(4, bias_correction="paper"),
-    "lora_pre_muon": lambda: matrices(optax_flash.scale_by_lora_pre_muon(4)),
-    "dense_muon": lambda: matrices(
-        optax_flash.scale_by_lora_pre_muon(4, where=lambda path: False)
+    "tame": lambda: optax_flash.scale_by_tamed_adam(0.5, relative=True, nesterov=True),
+    "lora_pre": lambda: optax_flash.scale_by_lora_pre(rank=4),
+    "lora_pre_paper": lambda: optax_flash.scale_by_lora_pre(
+        rank=4, bias_correction="paper"
     ),
-    "lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(4, min_dim=8),
+    "lora_pre_muon": lambda: matrices(optax_flash.scale_by_lora_pre_muon(rank=4)),
+    "dense_muon": lambda: matrices(
+        optax_flash.scale_by_lora_pre_muon(rank=4, where=lambda path: False)
+    ),
+    "lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(rank=4, min_dim=8),
     "periodic": lambda: optax_flash.scale_by_lowrank_adam(
-        4, min_dim=8, strategy="periodic", refresh_every=2
+        rank=4, min_dim=8, strategy="periodic", refresh_every=2
     ),
     "online": lambda: optax_flash.scale_by_lowrank_adam(
-        4, min_dim=8, strategy="online"
+        rank=4, min_dim=8, strategy="online"
     ),
     "master_24": lambda: additive(optax_flash.adamw8(0.01)),
     "master_32": lambda: additive(optax.adam(0.01), 32),

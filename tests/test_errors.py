@@ -26,7 +26,7 @@ def test_params_that_are_no_arrays(wrap, leaf):
 def test_matrices_that_cannot_be_orthogonalised(dtype):
     params = {"other": {"steps": jnp.zeros((4, 4), dtype)}}
     with pytest.raises(ValueError, match=r"'other/steps'.*optax\.masked"):
-        optax_flash.scale_by_lora_pre_muon(2).init(params)
+        optax_flash.scale_by_lora_pre_muon(rank=2).init(params)
 
 
 def test_complex_params_can_be_split():

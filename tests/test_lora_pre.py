@@ -73,7 +73,9 @@ class Paper:
 def test_the_papers_recursion(scale):
     rank, shape, b1, b2 = 4, (24, 40), 0.9, 0.95
     grads = [scale * normal(shape, seed) for seed in range(12)]
-    tx = scale_by_lora_pre(rank, b1, b2, eps=0.0, damping=1e-4, bias_correction="paper")
+    tx = scale_by_lora_pre(
+        b1, b2, rank=rank, eps=0.0, damping=1e-4, bias_correction="paper"
+    )
     start = tx.init({"k": jnp.asarray(grads[0], jnp.float32)})
     first, second = (
         Paper(np.zeros((24, rank)), np.asarray(a["k"], np.float64), decay, 1e-4)
@@ -94,7 +96,7 @@ def test_the_papers_recursion(scale):
 def test_recovers_the_average_of_a_gradient_of_low_rank(scale):
     """Exactly, but for damping, which shortens it by some 1e-4 / 2."""
     g = scale * (normal((64, 4), 1) @ normal((4, 96), 2)).astype(np.float32)
-    tx = scale_by_lora_pre(8, 0.9, 0.95)
+    tx = scale_by_lora_pre(0.9, 0.95, rank=8)
     _, state = run(tx, [g] * 250)
     close(moment(state, "mu"), g.astype(np.float64), rtol=1e-4)
 
@@ -107,7 +109,9 @@ def test_follows_a_changing_gradient_of_low_rank_to_second_order():
     ]
     errors = []
     for b1 in (0.9, 0.99):
-        _, state = run(scale_by_lora_pre(6, b1), [g.astype(np.float32) for g in grads])
+        _, state = run(
+            scale_by_lora_pre(b1, rank=6), [g.astype(np.float32) for g in grads]
+        )
         average = np.zeros_like(grads[0])
         for g in grads:
             average = b1 * average + (1 - b1) * g
@@ -121,7 +125,7 @@ def test_follows_a_changing_gradient_of_low_rank_to_second_order():
 def test_noise_is_tracked_nearly_as_well_as_the_best_truncation():
     signal = normal((64, 4), 1) @ normal((4, 96), 2) / 2
     grads = [signal + normal((64, 96), 9 + t) for t in range(150)]
-    _, state = run(scale_by_lora_pre(8), [g.astype(np.float32) for g in grads])
+    _, state = run(scale_by_lora_pre(rank=8), [g.astype(np.float32) for g in grads])
     average = np.zeros((64, 96))
     for g in grads:
         average = 0.9 * average + 0.1 * g
@@ -148,7 +152,7 @@ def ratios(b2, share, steps=1000):
     q = 64
     rank = int(q * share)
     g = jnp.asarray(np.outer(normal(48, 1), normal(q, 2)), jnp.float32)
-    tx = scale_by_lora_pre(rank, 0.9, b2)
+    tx = scale_by_lora_pre(0.9, b2, rank=rank)
 
     def step(state, _):
         m = _newton.product(state.mu_left, state.mu_right)
@@ -188,14 +192,14 @@ def test_the_papers_correction_is_far_off(b2, figures):
 @pytest.mark.parametrize("bias_correction", ["matched", "paper"])
 def test_the_first_update_is_a_sign(bias_correction):
     g = normal((32, 48)).astype(np.float32)
-    (update,), _ = run(scale_by_lora_pre(4, bias_correction=bias_correction), [g])
+    (update,), _ = run(scale_by_lora_pre(rank=4, bias_correction=bias_correction), [g])
     np.testing.assert_allclose(update, np.sign(g), rtol=1e-3)
 
 
 def test_a_spike_does_not_go_beyond_itself():
     """Without a bound, gain**2 * g * g / m."""
     g = np.outer(normal(48, 1), normal(64, 2)).astype(np.float32)
-    _, state = run(scale_by_lora_pre(4), [g] * 100 + [1e4 * g])
+    _, state = run(scale_by_lora_pre(rank=4), [g] * 100 + [1e4 * g])
     gain = 1 - 0.9**0.5
     assert np.linalg.norm(moment(state, "mu")) < (1 + gain) * 1e4 * np.linalg.norm(g)
 
@@ -203,7 +207,7 @@ def test_a_spike_does_not_go_beyond_itself():
 def test_gradients_may_come_back_after_thousands_of_zeros():
     """Then both factors of a plain recursion have underflowed, and stay zero."""
     g = np.outer(normal(48, 1), normal(64, 2)).astype(np.float32)
-    tx = scale_by_lora_pre(4)
+    tx = scale_by_lora_pre(rank=4)
     state = tx.init({"k": jnp.asarray(g)})
 
     @jax.jit
@@ -226,7 +230,7 @@ def test_gradients_may_come_back_after_thousands_of_zeros():
 def test_gram_matrices_of_rank_one(rank):
     """Where damping alone makes them positive definite."""
     g = np.outer(normal(160, 1), normal(192, 2)).astype(np.float32)
-    updates, state = run(scale_by_lora_pre(rank, 0.5, 0.5, damping=0.0), [g] * 40)
+    updates, state = run(scale_by_lora_pre(0.5, 0.5, rank=rank, damping=0.0), [g] * 40)
     chex.assert_tree_all_finite((updates, state))
     close(moment(state, "mu"), g.astype(np.float64), rtol=1e-3)
 
@@ -234,7 +238,7 @@ def test_gram_matrices_of_rank_one(rank):
 def test_nan_is_not_swallowed_and_can_be_skipped():
     g = {"k": jnp.asarray(normal((32, 48)), jnp.float32)}
     broken = {"k": g["k"].at[3, 4].set(jnp.nan)}
-    tx = scale_by_lora_pre(4)
+    tx = scale_by_lora_pre(rank=4)
     _, state = tx.update(g, tx.init(g))
     updates, _ = tx.update(broken, state)
     assert np.isnan(updates["k"][3, 4])
@@ -247,12 +251,12 @@ def test_nan_is_not_swallowed_and_can_be_skipped():
 
 def test_batches_are_their_matrices():
     grads = [normal((2, 3, 24, 40), seed).astype(np.float32) for seed in range(5)]
-    batched, state = run(scale_by_lora_pre(4), grads)
+    batched, state = run(scale_by_lora_pre(rank=4), grads)
     assert state.mu_left["k"].shape == (2, 3, 4, 24)
-    alone = scale_by_lora_pre(4)
+    alone = scale_by_lora_pre(rank=4)
     single = alone.init({"k": jnp.asarray(grads[0][1, 2])})
     # From the same start: it is drawn for the whole leaf.
-    fresh = scale_by_lora_pre(4).init({"k": jnp.asarray(grads[0])})
+    fresh = scale_by_lora_pre(rank=4).init({"k": jnp.asarray(grads[0])})
     single = single._replace(
         mu_right={"k": fresh.mu_right["k"][1, 2]},
         nu_right={"k": fresh.nu_right["k"][1, 2]},
@@ -270,7 +274,7 @@ def make_params(dtype="float32", seed=0):
 
 def test_what_is_not_factored_is_optax_adam():
     params = make_params()
-    tx = scale_by_lora_pre(8, where=lambda path: path != "wide")
+    tx = scale_by_lora_pre(rank=8, where=lambda path: path != "wide")
     stock = optax.scale_by_adam(b2=0.95)
     state, stock_state = tx.init(params), stock.init(params)
     shapes = {k: getattr(x, "shape", None) for k, x in state.mu_left.items()}
@@ -292,10 +296,10 @@ def test_what_is_not_factored_is_optax_adam():
 def test_state_elements(rank, expected):
     params = {"k": jnp.ones((32, 128)), "b": jnp.ones(32)}
     elements = 2 * expected * (32 + 128)
-    state = scale_by_lora_pre(rank).init(params)
+    state = scale_by_lora_pre(rank=rank).init(params)
     fields = [tree["k"] for tree in state[1:]]
     assert sum(x.size for x in jax.tree.leaves(fields)) == elements
-    report = optax_flash.memory_report(scale_by_lora_pre(rank), params)
+    report = optax_flash.memory_report(scale_by_lora_pre(rank=rank), params)
     (row,) = (row for row in report.rows if row.name.startswith("k "))
     assert row.component_bytes["other state"] == 4 * elements
     muon = lora_pre_muon(0.1, rank=rank).init(params)
@@ -343,7 +347,7 @@ def test_codes_follow_the_average():
     average = np.zeros(signal.shape)
     for g in grads:
         average = 0.9 * average + 0.1 * g
-    exact = scale_by_lora_pre(8)
+    exact = scale_by_lora_pre(rank=8)
     for tx in exact, optax_flash.compress(exact, min_size=1):
         _, state = run(tx, grads)
         left, right = (optax.tree.get(state, f"mu_{x}")["k"] for x in ("left", "right"))
@@ -418,7 +422,7 @@ def test_muon_with_factors_is_muon_for_a_constant_gradient_of_low_rank():
     g = {"k": jnp.asarray(normal((32, 2)) @ normal((2, 48), 1), jnp.float32)}
     for nesterov in (False, True):
         tx = optax_flash.scale_by_lora_pre_muon(
-            4, nesterov=nesterov, consistent_rms=0.2
+            rank=4, nesterov=nesterov, consistent_rms=0.2
         )
         state, update = tx.init(g), jax.jit(tx.update)
         for _ in range(300):
@@ -440,17 +444,17 @@ def test_bad_ranks(make, rank):
 
 def test_bad_input():
     with pytest.raises(ValueError, match="'none'.*'matched', 'paper'"):
-        scale_by_lora_pre(4, bias_correction="none")
+        scale_by_lora_pre(rank=4, bias_correction="none")
     with pytest.raises(ValueError, match="param 'steps' is a PjitFunction"):
-        scale_by_lora_pre(4).init({"steps": jnp.tanh})
+        scale_by_lora_pre(rank=4).init({"steps": jnp.tanh})
     with pytest.raises(ValueError, match=r"param 'b' has the shape \[3\]"):
-        optax_flash.scale_by_lora_pre_muon(4).init({"b": jnp.ones(3)})
-    tx = scale_by_lora_pre(4)
+        optax_flash.scale_by_lora_pre_muon(rank=4).init({"b": jnp.ones(3)})
+    tx = scale_by_lora_pre(rank=4)
     state = tx.init({"k": jnp.ones((8, 8))})
     with pytest.raises(ValueError, match="gradients: 'k' is missing"):
         tx.update({"other": jnp.ones((8, 8))}, state)
     # Not factored, as the rank does not fit.
-    state = scale_by_lora_pre(64).init({"k": jnp.ones((8, 8))})
+    state = scale_by_lora_pre(rank=64).init({"k": jnp.ones((8, 8))})
     assert state.mu["k"].shape == (8, 8)
 
 

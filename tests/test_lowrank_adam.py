@@ -149,7 +149,7 @@ class TestOracles:
         Young). A basis that is kept for five steps misses what comes in between.
         """
         tx = optax_flash.scale_by_lowrank_adam(
-            8, strategy=strategy, refresh_every=STRATEGIES[strategy]
+            rank=8, strategy=strategy, refresh_every=STRATEGIES[strategy]
         )
         grads = list(stream(60, rank=4, noise=0.3))
         _, state = run(tx, grads)
@@ -216,7 +216,8 @@ class TestUnsoundSketch:
         # The gradient never changed: its average is itself.
         assert relative_error(left * middle @ right, g) > 0.5
         _, state = run(
-            optax_flash.scale_by_lowrank_adam(4), [jnp.asarray(g, jnp.float32)] * 100
+            optax_flash.scale_by_lowrank_adam(rank=4),
+            [jnp.asarray(g, jnp.float32)] * 100,
         )
         assert relative_error(moment(state), g * (1 - 0.9**100)) < 1e-5
 
@@ -259,7 +260,7 @@ class TestState:
         ],
     )
     def test_which_leaves_are_factored(self, shape, kwargs, expected):
-        tx = optax_flash.scale_by_lowrank_adam(8, **kwargs)
+        tx = optax_flash.scale_by_lowrank_adam(rank=8, **kwargs)
         params = {"a": {"b": jnp.zeros(shape)}}
         state = jax.eval_shape(tx.init, params)
         assert isinstance(state.mu["a"]["b"], optax.MaskedNode) == expected
@@ -282,7 +283,9 @@ class TestState:
         assert np.any(state.mu_left["a"] != other.mu_left["a"])
 
     def test_periodic_keeps_its_basis_between_refreshes(self):
-        tx = optax_flash.scale_by_lowrank_adam(8, strategy="periodic", refresh_every=3)
+        tx = optax_flash.scale_by_lowrank_adam(
+            rank=8, strategy="periodic", refresh_every=3
+        )
         grads, bases = list(stream(7)), []
         state = tx.init(grads[0])
         for g in grads:
@@ -321,7 +324,7 @@ class TestBadInput:
     @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, None, "8"])
     def test_ranks_that_are_none(self, rank):
         with pytest.raises(ValueError, match="lowrank_adam: rank is"):
-            optax_flash.scale_by_lowrank_adam(rank)
+            optax_flash.scale_by_lowrank_adam(rank=rank)
 
     @pytest.mark.parametrize(
         "kwargs, message",
@@ -336,7 +339,7 @@ class TestBadInput:
     )
     def test_settings_that_are_none(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
-            optax_flash.scale_by_lowrank_adam(8, **kwargs)
+            optax_flash.scale_by_lowrank_adam(rank=8, **kwargs)
 
     def test_another_tree_of_gradients(self, make):
         params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros(4)}
@@ -347,7 +350,7 @@ class TestBadInput:
     def test_integer_params(self):
         """What is not real floating has Adam's own moments, as in stock optax."""
         params = {"a": jnp.arange(64 * 64).reshape(64, 64)}
-        tx, stock = optax_flash.scale_by_lowrank_adam(8), optax.scale_by_adam()
+        tx, stock = optax_flash.scale_by_lowrank_adam(rank=8), optax.scale_by_adam()
         updates, _ = tx.update(params, tx.init(params), params)
         expected, _ = stock.update(params, stock.init(params), params)
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)

@@ -157,9 +157,9 @@ def test_bytes_of_params_are_not_taken_for_codes(dtype):
 def test_complex_params_of_our_own_mathematics(name):
     """What is not factored is Adam's, and Adam takes complex numbers."""
     tx = {
-        "tamed": optax_flash.tame(threshold=1e9, b2=0.95),
-        "lora_pre": optax_flash.scale_by_lora_pre(4),
-        "lowrank": optax_flash.scale_by_lowrank_adam(4, b2=0.95),
+        "tamed": optax_flash.scale_by_tamed_adam(threshold=1e9, b2=0.95),
+        "lora_pre": optax_flash.scale_by_lora_pre(rank=4),
+        "lowrank": optax_flash.scale_by_lowrank_adam(rank=4, b2=0.95),
         "muon": optax_flash.lora_pre_muon(1.0, rank=4, adam_b2=0.95),
     }[name]
     params = {"w": normal(0), "c": COMPLEX}
@@ -181,14 +181,14 @@ def test_what_is_not_real_is_not_factored(dtype):
     """Its state is Adam's own, and abstract params make the state that arrays make."""
     params = {"w": normal(0), "odd": jnp.ones((64, 64), dtype)}
     stock = optax.scale_by_adam().init(params)
-    state = optax_flash.scale_by_lora_pre(4).init(params)
+    state = optax_flash.scale_by_lora_pre(rank=4).init(params)
     assert state.mu_left["odd"] == optax.MaskedNode()
     chex.assert_trees_all_equal(state.mu["odd"], stock.mu["odd"])
     shapes = jax.eval_shape(lambda: params)
     for tx in (
-        optax_flash.scale_by_lora_pre(4),
-        optax_flash.scale_by_lowrank_adam(4),
-        optax_flash.tame(1.0),
+        optax_flash.scale_by_lora_pre(rank=4),
+        optax_flash.scale_by_lowrank_adam(rank=4),
+        optax_flash.scale_by_tamed_adam(1.0),
         optax_flash.adamw4(1e-3),
         master_weights(optax_flash.adamw8(1e-3), finished=True),
     ):

@@ -194,10 +194,10 @@ TRANSFORMATIONS = {name: tx for name, (tx, _) in ALIASES.items()} | {
     "scale_by_adam8": optax_flash.scale_by_adam8(),
     "scale_by_lion8": optax_flash.scale_by_lion8(),
     "trace8": optax_flash.trace8(0.9),
-    "tame": optax_flash.tame(1.0),
-    "scale_by_lora_pre": optax_flash.scale_by_lora_pre(4),
-    "scale_by_lora_pre_muon": optax_flash.scale_by_lora_pre_muon(4),
-    "scale_by_lowrank_adam": optax_flash.scale_by_lowrank_adam(4),
+    "tame": optax_flash.scale_by_tamed_adam(1.0),
+    "scale_by_lora_pre": optax_flash.scale_by_lora_pre(rank=4),
+    "scale_by_lora_pre_muon": optax_flash.scale_by_lora_pre_muon(rank=4),
+    "scale_by_lowrank_adam": optax_flash.scale_by_lowrank_adam(rank=4),
     "additive": master_weights(optax_flash.adamw8(1e-3), finished=False),
     "finished": master_weights(
         optax_flash.adamw8(1e-3), 32, finished=True, track_params=True

@@ -72,7 +72,7 @@ def run(tx, grads, params, jit=jax.jit):
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_against_float64(relative, nesterov):
     grads = [make(seed)["kernel"] for seed in range(20)]
-    tx = optax_flash.tame(0.7, relative=relative, nesterov=nesterov)
+    tx = optax_flash.scale_by_tamed_adam(0.7, relative=relative, nesterov=nesterov)
     updates, states = run(tx, grads, grads[0])
     expected, clipped = reference(grads, 0.7, relative, nesterov)
     assert all(0 < n < grads[0].size for n in clipped[1:])
@@ -91,7 +91,7 @@ def test_infinite_threshold_is_adamw_bit_for_bit(relative, nesterov):
     grads = [make(seed, scale=10.0 ** (-seed)) for seed in range(12)]
     grads.append(jax.tree.map(jnp.zeros_like, params))
     tx = optax.chain(
-        optax_flash.tame(math.inf, relative=relative, nesterov=nesterov),
+        optax_flash.scale_by_tamed_adam(math.inf, relative=relative, nesterov=nesterov),
         optax.add_decayed_weights(1e-4),
         optax.scale_by_learning_rate(1e-3),
     )
@@ -130,7 +130,9 @@ def test_relative_does_not_depend_on_scale():
 def test_an_outlier_moves_the_momentum_by_a_bounded_amount():
     params = jnp.zeros(3)
     quiet, spike = jnp.ones(3), jnp.array([1.0, 1e6, -1e6])
-    _, states = run(optax_flash.tame(2.0), [quiet] * 10 + [spike], params)
+    _, states = run(
+        optax_flash.scale_by_tamed_adam(2.0), [quiet] * 10 + [spike], params
+    )
     before, after = states[-2].mu, states[-1].mu
     step = np.abs(np.asarray(after - 0.9 * before))
     np.testing.assert_allclose(step, [0.1, 0.2, 0.2], rtol=1e-5)
@@ -142,10 +144,14 @@ def test_an_outlier_moves_the_momentum_by_a_bounded_amount():
 def test_relative_thresholds_over_the_largest_ratio_clip_nothing(relative):
     """One gradient after 2,000 of zero is 31.6 roots of its own second moment."""
     params = jnp.zeros(4)
-    state = optax_flash.tame(1.0).init(params)._replace(count=jnp.asarray(20_000))
+    state = (
+        optax_flash.scale_by_tamed_adam(1.0)
+        .init(params)
+        ._replace(count=jnp.asarray(20_000))
+    )
     spike = jnp.full(4, 100.0)
     for threshold, clipped in ((31.0, 4), (32.0, 0 if relative else 4)):
-        tx = optax_flash.tame(threshold, relative=relative)
+        tx = optax_flash.scale_by_tamed_adam(threshold, relative=relative)
         assert tx.update(spike, state)[1].clipped == clipped
 
 
@@ -154,7 +160,7 @@ def test_relative_thresholds_over_the_largest_ratio_clip_nothing(relative):
 def test_what_is_not_finite_shows(relative, bad):
     grads = make(1)
     broken = grads | {"kernel": grads["kernel"].at[3, 5].set(bad)}
-    tx = optax_flash.tame(0.5, relative=relative)
+    tx = optax_flash.scale_by_tamed_adam(0.5, relative=relative)
     (updates,), _ = run(tx, [broken], grads)
     assert np.argwhere(~np.isfinite(updates["kernel"])).tolist() == [[3, 5]]
 
@@ -162,7 +168,9 @@ def test_what_is_not_finite_shows(relative, bad):
 @RELATIVE
 def test_zero_gradients_give_zero_updates(relative):
     zeros = jax.tree.map(jnp.zeros_like, make())
-    updates, states = run(optax_flash.tame(0.5, relative=relative), [zeros] * 3, zeros)
+    updates, states = run(
+        optax_flash.scale_by_tamed_adam(0.5, relative=relative), [zeros] * 3, zeros
+    )
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
     assert states[-1].clipped == 0
 
@@ -170,7 +178,7 @@ def test_zero_gradients_give_zero_updates(relative):
 @RELATIVE
 def test_half_precision_gradients_are_averaged_in_float32(relative):
     grads = [make(seed, jnp.bfloat16) for seed in range(4)]
-    tx = optax_flash.tame(0.5, relative=relative)
+    tx = optax_flash.scale_by_tamed_adam(0.5, relative=relative)
     updates, states = run(tx, grads, grads[0], eager)
     wide = [optax.tree.cast(g, jnp.float32) for g in grads]
     expected, wide_states = run(tx, wide, wide[0], eager)
@@ -181,12 +189,14 @@ def test_half_precision_gradients_are_averaged_in_float32(relative):
 @pytest.mark.parametrize("threshold", [0, 0.0, -1.0, math.nan])
 def test_thresholds_that_are_none(threshold):
     with pytest.raises(ValueError, match="threshold is .* Give a positive number"):
-        optax_flash.tame(threshold)
+        optax_flash.scale_by_tamed_adam(threshold)
 
 
 def test_another_tree_of_gradients():
-    tx, params = optax_flash.tame(1.0), make()
-    with pytest.raises(ValueError, match="tame: the gradients: 'bias' is missing"):
+    tx, params = optax_flash.scale_by_tamed_adam(1.0), make()
+    with pytest.raises(
+        ValueError, match="scale_by_tamed_adam: the gradients: 'bias' is missing"
+    ):
         tx.update({"kernel": params["kernel"]}, tx.init(params))
 
 
@@ -246,12 +256,14 @@ class TestComposes:
         params, grads = make(), make(1)
         labels = {"kernel": "on", "bias": "off", "scalar": "off"}
         tx = optax.partition(
-            {"on": optax_flash.tame(0.5), "off": optax.sgd(0.1)}, labels
+            {"on": optax_flash.scale_by_tamed_adam(0.5), "off": optax.sgd(0.1)}, labels
         )
         _, (state,) = run(tx, [grads], params)
         clipped = optax.tree.get(state, "clipped")
         assert clipped == np.sum(np.abs(grads["kernel"]) > 0.5)
-        masked = optax.masked(optax_flash.tame(0.5), {k: k == "kernel" for k in params})
+        masked = optax.masked(
+            optax_flash.scale_by_tamed_adam(0.5), {k: k == "kernel" for k in params}
+        )
         (updates,), _ = run(masked, [grads], params)
         chex.assert_trees_all_equal(updates["bias"], grads["bias"])
 
@@ -276,7 +288,7 @@ class TestComposes:
             chex.assert_tree_all_finite(updates)
 
     def test_map_params(self):
-        tx, params = optax_flash.tame(1.0), make()
+        tx, params = optax_flash.scale_by_tamed_adam(1.0), make()
         specs = {"kernel": P("fsdp"), "bias": P(), "scalar": P()}
         mapped = optax.tree_map_params(
             tx,
@@ -286,3 +298,9 @@ class TestComposes:
             transform_non_params=lambda _: None,
         )
         assert mapped.mu == mapped.nu == specs and mapped.clipped is None
+
+
+def test_older_names_are_the_same():
+    assert optax_flash.tame is optax_flash.scale_by_tamed_adam
+    assert optax_flash.TameState is optax_flash.ScaleByTamedAdamState
+    assert optax_flash.LowRankAdamState is optax_flash.ScaleByLowrankAdamState

@@ -25,10 +25,11 @@ def get_codec(codec: str | Codec) -> Codec:
     """
     if isinstance(codec, Codec):
         return codec
-    if codec in CODECS:
+    if isinstance(codec, str) and codec in CODECS:
         return CODECS[codec]
     raise ValueError(
         f"Unknown codec {codec!r}. Known names: {', '.join(CODECS)}. None leaves an "
         "array as it is; a Codec object sets the group too, as in "
-        "optax_flash.Companded8(group=64)."
+        "optax_flash.Companded8(group=64). Codecs of residuals are for "
+        "optax_flash.master_weights."
     )

@@ -268,16 +268,31 @@ RESIDUAL_CODECS: Mapping[str, type[ResidualCodec]] = MappingProxyType(
 """Every residual codec by its name."""
 
 
-def get_residual_codec(name: str, bits: int) -> ResidualCodec:
-    """The residual codec of a name.
+def get_residual_codec(
+    codec: str | ResidualCodec, bits: int | None = None
+) -> ResidualCodec:
+    """The residual codec of a name; a codec passes through.
+
+    Args:
+      codec: a codec or its name.
+      bits: 24 or 32; None for those of the codec, and 24 for a name.
 
     Raises:
-      ValueError: an unknown name, or bits other than 24 and 32.
+      ValueError: nothing is known by that name, bits other than 24 and 32, or bits that
+        are not the codec's.
     """
-    if name in RESIDUAL_CODECS:
-        return RESIDUAL_CODECS[name](bits=bits)
+    if type(codec) in RESIDUAL_CODECS.values():
+        if bits in (None, codec.bits):
+            return codec
+        raise ValueError(
+            f"bits is {bits!r}, but the residual's codec is {codec!r}. Give bits to "
+            "one of them."
+        )
+    if isinstance(codec, str) and codec in RESIDUAL_CODECS:
+        return RESIDUAL_CODECS[codec](bits=24 if bits is None else bits)
     raise ValueError(
-        f"Unknown residual codec {name!r}. Known names: {', '.join(RESIDUAL_CODECS)}."
+        f"Unknown residual codec {codec!r}. Known names: {', '.join(RESIDUAL_CODECS)}. "
+        "Codecs of optimizer states are for optax_flash.compress."
     )
 
 

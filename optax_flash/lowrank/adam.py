@@ -22,7 +22,7 @@ Factors = tuple[jax.Array, jax.Array]
 STRATEGIES = ("randomized", "periodic", "online")
 
 
-class LowRankAdamState(NamedTuple):
+class ScaleByLowrankAdamState(NamedTuple):
     """State of :func:`scale_by_lowrank_adam`.
 
     The trees mirror the params. A param is either in ``mu`` and ``nu`` or in the four
@@ -51,12 +51,12 @@ class LowRankAdamState(NamedTuple):
 
 
 def scale_by_lowrank_adam(
-    rank: Rank,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     *,
+    rank: Rank,
     refresh_every: int = 1,
     strategy: str = "randomized",
     oversampling: int = 8,
@@ -103,11 +103,11 @@ def scale_by_lowrank_adam(
       numbers but for the very first, which ``seed`` does not change.
 
     Args:
-      rank: a number of components, or a float in (0, 1], a share of the smaller side.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added outside of the square root.
       eps_root: added inside of it.
+      rank: a number of components, or a float in (0, 1], a share of the smaller side.
       refresh_every: steps between two bases of ``"periodic"``; 1 for the others.
       strategy: ``"randomized"``, ``"periodic"`` or ``"online"``.
       oversampling: directions that the random sketch has over the rank.
@@ -118,8 +118,8 @@ def scale_by_lowrank_adam(
       seed: of the sketches. They depend on it, the path and the step alone.
 
     Returns:
-      The transformation, with a :class:`LowRankAdamState`. Updates have the wider
-      dtype of the gradient's and the param's.
+      The transformation, with a :class:`ScaleByLowrankAdamState`. Updates have the
+      wider dtype of the gradient's and the param's.
 
     Raises:
       ValueError: a rank, strategy or count that is none, ``refresh_every`` beside
@@ -289,9 +289,11 @@ FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")
 FIELDS = ("mu", "nu", *FACTORS)
 
 
-def _state(count: Any, params: PyTree, rows: list[dict[str, Any]]) -> LowRankAdamState:
+def _state(
+    count: Any, params: PyTree, rows: list[dict[str, Any]]
+) -> ScaleByLowrankAdamState:
     unflatten = jax.tree.structure(params).unflatten
-    return LowRankAdamState(
+    return ScaleByLowrankAdamState(
         count, **{field: unflatten([row[field] for row in rows]) for field in FIELDS}
     )
 

@@ -45,12 +45,12 @@ class ScaleByLoraPreState(NamedTuple):
 
 
 def scale_by_lora_pre(
-    rank: Rank,
     b1: Scalar = 0.9,
     b2: Scalar = 0.95,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     *,
+    rank: Rank,
     damping: Scalar = DAMPING,
     bias_correction: str = "matched",
     where: Where = None,
@@ -78,12 +78,12 @@ def scale_by_lora_pre(
     axes are a batch of matrices. All others are exactly ``optax.scale_by_adam``'s.
 
     Args:
-      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
-        Under ``optax.inject_hyperparams`` name it in ``static_args``.
       b1: :math:`\beta_1`, decay rate of the first moment.
       b2: :math:`\beta_2`, decay rate of the second moment.
       eps: :math:`\varepsilon`, added outside of the square root.
       eps_root: :math:`\bar\varepsilon`, added inside of it.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
+        Under ``optax.inject_hyperparams`` name it in ``static_args``.
       damping: d, relative to the squared length of each of a factor's rows, so that the
         size of the gradients does not matter. No less is taken than float32 needs,
         9.6e-7 times the rank.

@@ -38,9 +38,9 @@ class ScaleByLoraPreMuonState(NamedTuple):
 
 
 def scale_by_lora_pre_muon(
-    rank: Rank,
     momentum: Scalar = 0.95,
     *,
+    rank: Rank,
     nesterov: bool = False,
     ns_coeffs: tuple[float, float, float] = NS_COEFFS,
     ns_steps: int = 5,
@@ -63,8 +63,8 @@ def scale_by_lora_pre_muon(
     whole momentum: :math:`m_t = \mu m_{t-1} + g_t`.
 
     Args:
-      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
       momentum: :math:`\mu`.
+      rank: a whole number, or a float in (0, 1], a share of each matrix's smaller side.
       nesterov: orthogonalise :math:`\mu m_t + g_t` instead.
       ns_coeffs: of the Newton-Schulz iteration.
       ns_steps: how many iterations.

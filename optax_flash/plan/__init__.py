@@ -11,5 +11,5 @@ from optax_flash.plan.devices import Device as Device
 from optax_flash.plan.models import PRESETS as PRESETS
 from optax_flash.plan.models import Model as Model
 from optax_flash.plan.models import preset as preset
-from optax_flash.plan.planner import Plan as Plan
 from optax_flash.plan.planner import plan as plan
+from optax_flash.plan.result import Plan as Plan

@@ -6,7 +6,8 @@ import pathlib
 import sys
 
 from optax_flash.plan import chart, configs, devices, models, optimizers
-from optax_flash.plan.planner import FLOAT32, Plan, plan
+from optax_flash.plan.planner import FLOAT32, plan
+from optax_flash.plan.result import Plan
 
 BITS = {"auto": "auto", "24": 24, "32": 32, "none": None}
 DTYPES = ("float32", "bfloat16", "float16")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from optax_flash.plan.planner import COMPONENTS, Plan
+from optax_flash.plan.result import COMPONENTS, Plan
 
 
 def save(plans: Mapping[str, Plan], path: str | os.PathLike[str]) -> None:

@@ -14,84 +14,13 @@ from optax_flash.codecs import residual as residuals
 from optax_flash.plan import activations, models, optimizers, shards
 from optax_flash.plan.devices import DEVICES, Device
 from optax_flash.plan.names import look_up
+from optax_flash.plan.result import Plan
 from optax_flash.transforms import master_weights
 
 PyTree = Any
 
-COMPONENTS: tuple[str, ...] = (
-    "weights",
-    *shards.STATE,
-    "gradients",
-    "activations",
-)
-"""What a plan counts."""
-
 FLOAT32 = "optax.adamw, float32"
 MIXED = "optax.adamw, bfloat16 with float32 masters"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What :func:`plan` returns. Prints as a table (needs ``rich``).
-
-    All bytes are those of one device.
-
-    Attributes:
-      title: what was planned.
-      params: numbers that the model has, on all devices together.
-      devices: how many devices.
-      batch: examples in a step, on all devices together.
-      length: tokens of each.
-      component_bytes: bytes by component at the moment when the step takes most, see
-        :data:`COMPONENTS`. Their sum is the compiler's peak: arguments, outputs and
-        temporaries, less what is aliased.
-      gradients: bytes of gradients held then, by "all at once" and "released".
-      activations: bytes of activations then, by "kept" and "rematerialized"; empty for
-        params without an architecture, whose activations nobody knows.
-      device: the device.
-      usable: bytes of it that a step may take.
-      largest_batch: of the examples that fit, on all devices together; None where
-        activations are not known, 0 where nothing fits.
-      baselines: bytes that the same step takes with other optimizers, by their name.
-    """
-
-    title: str
-    params: int
-    devices: int
-    batch: int
-    length: int
-    component_bytes: dict[str, int]
-    gradients: dict[str, int]
-    activations: dict[str, int]
-    device: Device
-    usable: int
-    largest_batch: int | None
-    baselines: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes of all components."""
-        return sum(self.component_bytes.values())
-
-    @property
-    def fits(self) -> bool:
-        """Whether they are usable on the device."""
-        return self.total <= self.usable
-
-    @property
-    def saved(self) -> dict[str, int]:
-        """Bytes that each baseline takes more."""
-        return {name: count - self.total for name, count in self.baselines.items()}
-
-    def __rich__(self) -> Any:
-        from optax_flash.plan import table
-
-        return table.render(self)
-
-    def __str__(self) -> str:
-        from optax_flash.plan import table
-
-        return table.as_text(self)
 
 
 def plan(

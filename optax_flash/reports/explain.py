@@ -9,6 +9,7 @@ import optax
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import PLATFORMS, Target, choose, gpu
 from optax_flash.fusion.split import Leaf
+from optax_flash.reports import table
 from optax_flash.transforms import _arguments, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
 
@@ -54,15 +55,7 @@ class Explanation:
                     path.reason,
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].rjust(widths[0])]
-                + [x.ljust(w) for x, w in zip(row[1:], widths[1:], strict=True)]
-            ).rstrip()
-            for row in rows
-        ]
-        return f"on {self.platform}\n" + "\n".join(lines)
+        return f"on {self.platform}\n{table.text(rows, left=range(1, 5))}"
 
 
 def explain(

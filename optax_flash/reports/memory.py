@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flash.io import convert
+from optax_flash.reports import table
 from optax_flash.transforms import _arguments, _init, _inside, _mirror
 
 COMPONENTS: tuple[str, ...] = (
@@ -45,7 +46,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory_report` returns. Prints as a table (needs ``rich``).
+    """What :func:`memory_report` returns. Prints as a table.
 
     Attributes:
       rows: a row for each kind of param, and one, with no params, for the rest of the
@@ -79,30 +80,12 @@ class MemoryReport:
         """The same for the stock optimizer."""
         return _each(self.stock_bytes, self.params)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="Bytes per parameter")
-        table.add_column("params")
-        table.add_column("leaves", justify="right")
-        table.add_column("numbers", justify="right")
-        for component in (*COMPONENTS, "total", "stock"):
-            table.add_column(component, justify="right")
-        for row in self.rows:
-            table.add_row(*_cells(row))
-        table.add_section()
+    def __str__(self) -> str:
+        header = ["params", "leaves", "numbers", *COMPONENTS, "total", "stock"]
         leaves = sum(row.leaves for row in self.rows)
         total = Row("all", leaves, self.params, self.component_bytes, self.stock_bytes)
-        table.add_row(*_cells(total))
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=132)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        rows = [header, None, *map(_cells, self.rows), None, _cells(total)]
+        return f"bytes per parameter\n{table.text(rows)}"
 
 
 def memory_report(

@@ -1,7 +1,7 @@
 """``numerics_report``: what storage does to an optimizer's numbers at one step."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax import lax
 from optax_flash.codecs import groups
 from optax_flash.codecs import residual as weights
 from optax_flash.fusion import fuse
+from optax_flash.reports import table
 from optax_flash.transforms import _arguments, _init, _inside, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms.compress import CompressState, in_codes
@@ -62,7 +63,7 @@ class NumericsReport(NamedTuple):
             top, bad = report.saturated[name], report.non_finite[name]
             codes.append((name, f"{zero:.2%}", f"{top:.2%}", f"{bad:.2%}"))
         tables = [steps, codes] if report.zero else [steps]
-        return "\n\n".join(map(_table, tables))
+        return "\n\n".join(map(table.text, tables))
 
     def warn(self, share: float = 0.5) -> None:
         """Warns of each param or leaf where something is wrong. Not under jit.
@@ -280,12 +281,3 @@ def _complaints(report: NumericsReport, share: float) -> Iterator[str]:
                 "again. Restore a checkpoint, and skip such gradients with "
                 "optax.apply_if_finite."
             )
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        cells = [x.rjust(w) for x, w in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)

@@ -96,12 +96,8 @@ class Rules:
     def parse(cls, codecs: Codecs, min_size: int) -> "Rules":
         if codecs is None:
             codecs = Companded8()
-        if isinstance(codecs, str | Codec):
-            codecs = {"*": codecs}
         if not isinstance(codecs, Mapping):
-            raise ValueError(
-                f"compress: codecs must be a codec, a name or a mapping: {codecs!r}."
-            )
+            codecs = {"*": get_codec(codecs)}
         for key in codecs:
             if not isinstance(key, str):
                 raise ValueError(

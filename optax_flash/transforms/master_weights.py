@@ -43,9 +43,9 @@ class MasterWeightsState(NamedTuple):
 
 def master_weights(
     inner: optax.GradientTransformation,
-    bits: int = 24,
+    bits: int | None = None,
     *,
-    codec: str = "exact",
+    codec: str | residuals.ResidualCodec = "exact",
     finished: bool = True,
     track_params: bool = False,
     implementation: str | None = None,
@@ -95,8 +95,9 @@ def master_weights(
     Args:
       inner: the transformation. It gets gradients and weights in float32.
       bits: 24 for an 8-bit residual, 32 for a 16-bit one, with which bfloat16 params
-        lose nothing of a float32 weight.
-      codec: ``"exact"`` or ``"flashoptim"``, the published format.
+        lose nothing of a float32 weight. None for the codec's, and 24 for a name.
+      codec: of residuals: ``"exact"``, ``"flashoptim"`` (the published format), or an
+        :class:`ExactResidual` or :class:`FlashOptimResidual`.
       finished: False for additive updates instead of finished params.
       track_params: keep a digest of the params for :func:`changed_params`. Costs a
         reduction over the params each step, and a collective where they are sharded.
@@ -108,9 +109,9 @@ def master_weights(
 
     Raises:
       TypeError: finished params are used by anything except ``optax.apply_updates``.
-      ValueError: bits other than 24 and 32, an unknown codec, no params, a leaf that is
-        no array or number, a tree or state that is not init's, a named implementation
-        that does not fit. The message names the leaf.
+      ValueError: bits other than 24 and 32, or than the codec's, an unknown codec, no
+        params, a leaf that is no array or number, a tree or state that is not init's, a
+        named implementation that does not fit. The message names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash

@@ -1,15 +1,18 @@
 """Weights in two pieces: exhaustive where they can be listed, random elsewhere."""
 
 import functools
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from absl.testing import parameterized
 
+import optax_flash
 from optax_flash import ExactResidual, FlashOptimResidual
 from optax_flash.codecs import hashing
 from optax_flash.codecs import residual as residuals
@@ -303,3 +306,32 @@ def test_unknown_residual_codecs_are_told_the_known_ones():
 )
 def test_which_params_are_split(dtype, expected):
     assert residuals.is_split(jnp.zeros(2, dtype)) == expected
+
+
+def test_a_codec_passes_through_with_its_bits():
+    for codec in (ExactResidual(bits=32), FlashOptimResidual()):
+        assert residuals.get_residual_codec(codec) is codec
+        assert residuals.get_residual_codec(codec, codec.bits) is codec
+    with pytest.raises(ValueError, match=r"bits is 24, but .* ExactResidual\(bits=32"):
+        residuals.get_residual_codec(ExactResidual(bits=32), 24)
+
+
+@pytest.mark.parametrize("codec", [optax_flash.Companded8(), None, ["exact"]])
+def test_what_is_no_residual_codec_is_named(codec):
+    with pytest.raises(ValueError, match=re.escape(f"codec {codec!r}. Known")):
+        optax_flash.master_weights(optax.sgd(0.1), codec=codec)
+
+
+@pytest.mark.parametrize("codec", [ExactResidual(bits=32), 8, ["companded8"]])
+def test_what_is_no_codec_of_states_is_named(codec):
+    with pytest.raises(ValueError, match=re.escape(f"codec {codec!r}. Known")):
+        optax_flash.compress(optax.sgd(0.1), codec)
+
+
+def test_master_weights_take_a_codec():
+    params = {"w": jnp.ones(8, jnp.bfloat16)}
+    tx = optax_flash.master_weights(optax.sgd(0.1), codec=ExactResidual(bits=32))
+    named = optax_flash.master_weights(optax.sgd(0.1), 32, codec="exact")
+    state = tx.init(params)
+    chex.assert_trees_all_equal(state, named.init(params))
+    assert state.residual["w"].dtype == jnp.uint16

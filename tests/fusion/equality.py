@@ -39,9 +39,11 @@ OPTIMIZERS = {
     "clipped_adamw": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(1e-2)
     ),
-    "tame": lambda: optax.chain(optax_flash.tame(0.1), optax.scale(-1e-2)),
+    "tame": lambda: optax.chain(
+        optax_flash.scale_by_tamed_adam(0.1), optax.scale(-1e-2)
+    ),
     "tame_relative": lambda: optax.chain(
-        optax_flash.tame(0.8, relative=True), optax.scale(-1e-2)
+        optax_flash.scale_by_tamed_adam(0.8, relative=True), optax.scale(-1e-2)
     ),
     "lamb": lambda: optax.lamb(1e-2),
 }

@@ -13,8 +13,8 @@ PyTree = Any
 Scalar = jax.typing.ArrayLike
 
 
-class TameState(NamedTuple):
-    """State of :func:`tame`.
+class ScaleByTamedAdamState(NamedTuple):
+    """State of :func:`scale_by_tamed_adam`.
 
     Attributes:
       count: updates so far. # shape=(), dtype=int32
@@ -30,7 +30,7 @@ class TameState(NamedTuple):
     clipped: jax.typing.ArrayLike
 
 
-def tame(
+def scale_by_tamed_adam(
     threshold: Scalar,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -73,8 +73,8 @@ def tame(
       nesterov: use Nesterov momentum, of clipped gradients too.
 
     Returns:
-      The transformation, with a :class:`TameState`. Updates have the wider dtype of the
-      gradient's and the param's.
+      The transformation, with a :class:`ScaleByTamedAdamState`. Updates have the wider
+      dtype of the gradient's and the param's.
 
     Raises:
       ValueError: a threshold that is not positive, where it is a Python number;
@@ -82,7 +82,9 @@ def tame(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flash
-      >>> tx = optax.chain(optax_flash.tame(threshold=1.0), optax.scale(-1e-3))
+      >>> tx = optax.chain(
+      ...     optax_flash.scale_by_tamed_adam(threshold=1.0), optax.scale(-1e-3)
+      ... )
       >>> params = jnp.zeros(4)
       >>> grads = jnp.array([0.5, -0.5, 0.5, 50.0])
       >>> updates, state = tx.update(grads, tx.init(params))
@@ -93,14 +95,14 @@ def tame(
     """
     if isinstance(threshold, int | float) and not threshold > 0:
         raise ValueError(
-            f"tame: threshold is {threshold!r}. Give a positive number; math.inf clips "
-            "nothing."
+            f"scale_by_tamed_adam: threshold is {threshold!r}. Give a positive number; "
+            "math.inf clips nothing."
         )
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_arrays(params, "tame")
+        _mirror.check_arrays(params, "scale_by_tamed_adam")
         params = _init.as_arrays(params)
-        return TameState(
+        return ScaleByTamedAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=jax.tree.map(
                 lambda p: jnp.zeros_like(p, dtype=_init.float32_of(p)), params
@@ -116,7 +118,7 @@ def tame(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
-        _mirror.check_mirrors(state.mu, updates, "tame: the gradients")
+        _mirror.check_mirrors(state.mu, updates, "scale_by_tamed_adam: the gradients")
         count = optax.safe_increment(state.count)
         updates = _init.as_arrays(updates)
         grads = jax.tree.map(_init.in_float32, updates)
@@ -143,7 +145,7 @@ def tame(
             lambda m, v: m / (jnp.sqrt(v + eps_root) + eps), mu_hat, nu_hat
         )
         new_updates = _dtypes.cast_updates(new_updates, updates, params)
-        return new_updates, TameState(count, mu, nu, _total(beyond))
+        return new_updates, ScaleByTamedAdamState(count, mu, nu, _total(beyond))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
