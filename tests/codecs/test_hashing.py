@@ -104,6 +104,17 @@ def test_leaves_are_independent():
             assert_uncorrelated(a, b)
 
 
+def test_fields_of_a_leaf_and_its_weights_differ():
+    """Two fields that are rounded alike would err together."""
+    seen = [hashing.for_field(bits(3), field) for field in range(4)]
+    seen = [
+        np.asarray(hashing.uniform(x)) for x in (*seen, hashing.for_weights(bits(3)))
+    ]
+    for i, a in enumerate(seen):
+        for b in seen[:i]:
+            assert_uncorrelated(a, b)
+
+
 def test_uniform_is_a_multiple_of_2_to_the_minus_24_below_one():
     u = uniform(0).astype(np.float64)
     assert u.min() >= 0 and u.max() < 1

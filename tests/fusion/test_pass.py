@@ -59,6 +59,25 @@ def test_equal_leaves_share_a_program():
     assert again.program is leaves[0].program
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_results_take_the_place_of_their_like(dtype):
+    """An update in float32 has no room where a gradient in bfloat16 was."""
+    tx, params, grads = optax_flash.adamw8(1e-3), params_of("a"), params_of("a")
+    grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+    with run.watch() as leaves:
+        jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, params), params)
+    ((leaf, _),) = leaves
+    jaxpr, donors = leaf.program.jaxpr, leaf.program.donors
+    found = [
+        (x.aval.dtype, jaxpr.invars[donor].aval.dtype)
+        for x, donor in zip(jaxpr.outvars, donors, strict=True)
+        if donor is not None
+    ]
+    assert all(result == operand for result, operand in found)
+    # Two moments with scales; the update where it fits.
+    assert len(found) == (5 if dtype == jnp.float32 else 4)
+
+
 def test_another_number_is_another_program():
     (a,) = leaves_of(optax_flash.adamw8(1e-3), params_of("a"))
     (b,) = leaves_of(optax_flash.adamw8(1e-3, b1=0.8), params_of("a"))
