@@ -113,7 +113,7 @@ def with_feedback(
     if not momenta:
         return *update(state), NONE
     leaves, treedef = jax.tree.flatten(state)
-    place = {id(x): i for i, x in enumerate(leaves)}
+    index_of = {id(x): i for i, x in enumerate(leaves)}
     structure = []
 
     def flat(*leaves: Any) -> list[Any]:
@@ -123,6 +123,8 @@ def with_feedback(
 
     closed = jax.make_jaxpr(flat)(*leaves)
     updates, new_state = structure
+    # Evaluated in parts, effects would happen several times; and gains are looked up by
+    # the position of a momentum in the state, before and after.
     if closed.effects or new_state != treedef:
         return *update(state), NONE
     jaxpr = inline(closed.jaxpr)
@@ -134,7 +136,7 @@ def with_feedback(
 
     responses = {}
     for field, by_param in momenta.items():
-        at = {i: place[id(x)] for i, x in by_param.items()}
+        at = {i: index_of[id(x)] for i, x in by_param.items()}
         response = _Response.of(jaxpr, still(closed.consts), count, at)
         if response.at:
             responses[field] = response
@@ -142,6 +144,7 @@ def with_feedback(
     found = {}
     for field, response in responses.items():
         outs, found[field] = response.first(still(leaves), zero)
+        # Any field's will do: the results are those of the update in each of them.
         results = results or outs
     if not responses:
         results = as_fun(closed.jaxpr, closed.consts)(*leaves)
@@ -435,6 +438,8 @@ def _linear(
             product = scaled and (name == "mul" or operands[0] in touched)
         if not product and name not in SUMS:
             continue
+        # Known for products with literals alone, as decays mostly are. An unknown one
+        # counts as fading; _sum_of_powers looks again, at its value.
         scalar = None
         if name == "mul" and not others:
             (literal,) = (x for x in operands if not is_variable(x))
@@ -484,7 +489,7 @@ def _is_scalar(eqn: Any) -> bool:
 def _is_elementwise(eqn: Any) -> bool:
     if eqn.primitive is op_p:
         return False
-    return all(x.aval.shape for x in eqn.outvars) and programs.misfit(eqn) is None
+    return all(x.aval.shape for x in eqn.outvars) and programs.unsupported(eqn) is None
 
 
 def _is_smooth(eqn: Any) -> bool:

@@ -54,7 +54,7 @@ class _Unfused(NamedTuple):
     dry: bool
 
 
-Watched = list[tuple[splits.Leaf, str | None]]
+Watched = list[tuple[splits.LeafUpdate, str | None]]
 
 # Who is around an update: a trace that it takes part in, somebody who wants it unfused,
 # or a list for its leaves. No argument could tell. Between the outermost transformation
@@ -196,15 +196,15 @@ def run(
     out_treedef, new_state = structure
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves
-    donors = {}
+    aliases = {}
     in_order = in_place_of != "params" or sizes[2] == n_updates
     if n_updates == sizes[0] and in_order:
         first = sum(sizes[:2]) if in_place_of == "params" else 0
-        donors.update({i: first + i for i in range(n_updates)})
+        aliases.update({i: first + i for i in range(n_updates)})
     if new_state == jax.tree.structure(state):
-        donors.update({n_updates + i: sizes[0] + i for i in range(sizes[1])})
+        aliases.update({n_updates + i: sizes[0] + i for i in range(sizes[1])})
     results = _run_parts(
-        splits.split(closed.jaxpr, names, donors),
+        splits.split(closed.jaxpr, names, aliases),
         closed,
         [*closed.consts, *operands],
         _one(implementations),
@@ -231,8 +231,8 @@ def _run_parts(
 ) -> list[Any]:
     effects = "it has side effects, as host callbacks have" if closed.effects else None
     if effects:
-        misfits = [x._replace(program=None, reason=effects) for x in split.leaves]
-        split = split._replace(leaves=misfits)
+        unfused = [x._replace(program=None, reason=effects) for x in split.leaves]
+        split = split._replace(leaves=unfused)
     if watched is not None:
         watched.extend((leaf, implementation) for leaf in split.leaves)
     if implementation not in (None, "xla"):
@@ -246,7 +246,7 @@ def _run_parts(
     scalars = as_fun(split.prologue)(*operands)
     env.update(zip(split.scalars, scalars, strict=True))
     fitting = [
-        parts.Leaf(leaf.program, leaf.operands, leaf.results)
+        parts.BoundProgram(leaf.program, leaf.operands, leaf.results)
         for leaf in split.leaves
         if leaf.program
     ]
@@ -256,7 +256,7 @@ def _run_parts(
     return [read(env, x) for x in split.returned]
 
 
-def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:
+def _check_fit(all_leaves: list[splits.LeafUpdate], implementation: str) -> None:
     """Raises where a named implementation cannot run every leaf."""
     reasons: dict[str, list[str]] = {}
     for leaf in all_leaves:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion.ops import Tile
 from optax_flash.fusion.program import Program, Role, evaluate
-from optax_flash.fusion.tiles import Layout, Place, Shard, Where
+from optax_flash.fusion.tiles import Layout, MaskedIndices, Origin, Shard
 
 
 class Config(NamedTuple):
@@ -35,7 +35,7 @@ DEFAULT = Config()
 """16 elements a thread: 16 bytes of codes, which is the widest load."""
 
 
-class Leaf(NamedTuple):
+class KernelLeaf(NamedTuple):
     """One leaf in a kernel.
 
     Attributes:
@@ -53,7 +53,7 @@ class Leaf(NamedTuple):
     results: list[int]
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """A kernel's operands and results, as flat buffers.
 
     Attributes:
@@ -65,12 +65,50 @@ class Plan(NamedTuple):
       starts: the first tile of each leaf, and the number of all tiles.
     """
 
-    leaves: list[Leaf]
+    leaves: list[KernelLeaf]
     operands: list[jax.Array]
     results: list[jax.ShapeDtypeStruct]
     aliases: dict[int, int]
     units: int
     starts: list[int]
+
+    @classmethod
+    def of(cls, shards: list[Shard], config: Config) -> "Launch":
+        """The launch of a kernel for shards whose programs are of one family."""
+        operands: list[jax.Array] = []
+        known: dict[int, int] = {}
+        results: list[jax.ShapeDtypeStruct] = []
+        aliases: dict[int, int] = {}
+
+        def operand(x: Any, role: Role | None) -> int:
+            # Most scalars are shared by all leaves.
+            if id(x) not in known:
+                known[id(x)] = len(operands)
+                scalar = role is None or role.kind == "scalar"
+                operands.append(_scalar(x) if scalar else x.reshape(-1))
+            return known[id(x)]
+
+        leaves = []
+        for shard in shards:
+            program = shard.program
+            inputs = [
+                operand(*x) for x in zip(shard.operands, program.inputs, strict=True)
+            ]
+            offsets = [operand(x, None) for x in shard.origin.offsets or ()]
+            outputs = []
+            for alias, shape in zip(
+                program.aliases, shard.result_shapes(), strict=True
+            ):
+                if alias is not None:
+                    aliases[inputs[alias]] = len(results)
+                outputs.append(len(results))
+                results.append(shape)
+            layout = Layout.of(program, shard.shape, shard.origin)
+            leaves.append(KernelLeaf(shard, layout, inputs, offsets, outputs))
+        units = max(1, config.elements // leaves[0].layout.lanes)
+        tiles = [-(-leaf.layout.units // units) for leaf in leaves]
+        starts = [0, *itertools.accumulate(tiles)]
+        return cls(leaves, operands, results, aliases, units, starts)
 
     def flat_results(self) -> list[jax.core.ShapedArray]:
         """Types of the results as the kernel writes them; they vary over no axis."""
@@ -88,55 +126,21 @@ class Addresses(NamedTuple):
     """Where a tile's elements are.
 
     Attributes:
-      places: in the whole leaf, row-major; see :class:`Tile`.
+      global_index: of each element; see :class:`Tile`.
       mask: which are there at all; None where all are.
-      operands: for each operand a :class:`Where`, for scales one of each plane; None
-        for a scalar.
+      operands: for each operand :class:`MaskedIndices`, for scales those of each plane;
+        None for a scalar.
       results: likewise.
     """
 
-    places: jax.Array
+    global_index: jax.Array
     mask: jax.Array | None
     operands: list[Any]
     results: list[Any]
 
 
-def plan(shards: list[Shard], config: Config) -> Plan:
-    """The plan of a kernel for shards whose programs are of one family."""
-    operands: list[jax.Array] = []
-    known: dict[int, int] = {}
-    results: list[jax.ShapeDtypeStruct] = []
-    aliases: dict[int, int] = {}
-
-    def operand(x: Any, role: Role | None) -> int:
-        # Most scalars are shared by all leaves.
-        if id(x) not in known:
-            known[id(x)] = len(operands)
-            scalar = role is None or role.kind == "scalar"
-            operands.append(_scalar(x) if scalar else x.reshape(-1))
-        return known[id(x)]
-
-    leaves = []
-    for shard in shards:
-        program = shard.program
-        inputs = [operand(*x) for x in zip(shard.operands, program.inputs, strict=True)]
-        offsets = [operand(x, None) for x in shard.place.offsets or ()]
-        outputs = []
-        for donor, shape in zip(program.donors, shard.result_shapes(), strict=True):
-            if donor is not None:
-                aliases[inputs[donor]] = len(results)
-            outputs.append(len(results))
-            results.append(shape)
-        layout = Layout.of(program, shard.shape, shard.place)
-        leaves.append(Leaf(shard, layout, inputs, offsets, outputs))
-    units = max(1, config.elements // leaves[0].layout.lanes)
-    tiles = [-(-leaf.layout.units // units) for leaf in leaves]
-    starts = [0, *itertools.accumulate(tiles)]
-    return Plan(leaves, operands, results, aliases, units, starts)
-
-
 def addresses(
-    leaf: Leaf, first: Any, units: int, offsets: list[Any], always_mask: bool
+    leaf: KernelLeaf, first: Any, units: int, offsets: list[Any], always_mask: bool
 ) -> Addresses:
     """The addresses of a tile.
 
@@ -153,7 +157,7 @@ def addresses(
     if mask is None and always_mask:
         mask = elements.indices >= 0
 
-    def where(role: Role) -> Where | tuple[Where, ...] | None:
+    def indices(role: Role) -> MaskedIndices | tuple[MaskedIndices, ...] | None:
         if role.kind == "scalar":
             return None
         if role.codec and role.kind == "scales":
@@ -161,12 +165,12 @@ def addresses(
             return tuple(layout.scales(role.codec, p, first, units) for p in planes)
         return layout.codes(role.codec, first, units) if role.codec else elements
 
-    place = Place(leaf.shard.place.shape, tuple(offsets) or None)
+    origin = Origin(leaf.shard.origin.shape, tuple(offsets) or None)
     return Addresses(
-        layout.places(place, first, units),
+        layout.global_index(origin, first, units),
         mask,
-        [where(role) for role in program.inputs],
-        [where(role) for role in program.outputs],
+        [indices(role) for role in program.inputs],
+        [indices(role) for role in program.outputs],
     )
 
 
@@ -196,12 +200,14 @@ def computation(
     """A program on a tile of ``shape``.
 
     Returns:
-      A function of the tile's places, its mask and its operands, and their shapes and
-      dtypes. Scales come and go as tuples of planes.
+      A function of the tile's global index, its mask and its operands, and their
+      shapes and dtypes. Scales come and go as tuples of planes.
     """
 
-    def run(places: jax.Array, mask: jax.Array | None, args: list[Any]) -> list[Any]:
-        out = evaluate(program.jaxpr, Tile(shape, places, mask), args)
+    def run(
+        global_index: jax.Array, mask: jax.Array | None, args: list[Any]
+    ) -> list[Any]:
+        out = evaluate(program.jaxpr, Tile(shape, global_index, mask), args)
         rows = zip(program.outputs, program.jaxpr.outvars, out, strict=True)
         return [
             x if role.codec else jnp.broadcast_to(x, shape).astype(var.aval.dtype)
@@ -209,13 +215,13 @@ def computation(
         ]
 
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_) if masked else None
-    places = jax.ShapeDtypeStruct(shape, jnp.uint32)
-    return run, (places, mask, tile_operands(program, shape))
+    global_index = jax.ShapeDtypeStruct(shape, jnp.uint32)
+    return run, (global_index, mask, tile_operands(program, shape))
 
 
 def on_one_unit(program: Program) -> tuple[Callable[..., list[Any]], tuple[Any, ...]]:
     """The same on the smallest tile, to look at what is computed."""
-    lanes = Layout.of(program, program.shape, Place(program.shape)).lanes
+    lanes = Layout.of(program, program.shape, Origin(program.shape)).lanes
     return computation(program, (1, lanes), masked=False)
 
 

@@ -28,13 +28,13 @@ class Tile:
 
     Attributes:
       shape: ``(units, lanes)``; or none, of one element.
-      index: row-major place of each element in the whole leaf. # uint32
+      global_index: row-major, of each element in the whole leaf. # uint32
       mask: which elements are there at all; None where all are. # bool
       packed: whether codes of 4 bits come two in a byte, as they are stored.
     """
 
     shape: tuple[int, ...]
-    index: jax.Array
+    global_index: jax.Array
     mask: jax.Array | None
     packed: bool = True
     _drawn: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
@@ -43,7 +43,7 @@ class Tile:
         """The leaf's random bits; drawn once, however many ops ask for them."""
         key = (id(start), id(salt))
         if key not in self._drawn:
-            bits = hashing.mix(self.index ^ hashing.seed(start, salt))
+            bits = hashing.mix(self.global_index ^ hashing.seed(start, salt))
             self._drawn[key] = (bits, start, salt)
         return self._drawn[key][0]
 

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax_flash import meshes
 from optax_flash.fusion.jaxprs import Jaxpr
 from optax_flash.fusion.program import Program, Role
-from optax_flash.fusion.tiles import Place, Shard
+from optax_flash.fusion.tiles import Origin, Shard
 
 Programs = tuple[Program, ...]
 Kernel = Callable[[list[Shard]], list[list[jax.Array]]]
@@ -53,7 +53,9 @@ def whole(
         for program, of_leaf in zip(programs, by_leaf(programs, operands), strict=True):
             shape = _shape(program, sliced)
             offsets = (index, *[0] * (len(shape) - 1)) if sliced else None
-            shards.append(Shard(program, Place(program.shape, offsets), shape, of_leaf))
+            shards.append(
+                Shard(program, Origin(program.shape, offsets), shape, of_leaf)
+            )
         return [x for results in kernel(shards) for x in results]
 
     return run
@@ -124,6 +126,7 @@ def mapped(
             mesh=mesh,
             in_specs=tuple(operand_specs),
             out_specs=result_specs,
+            # The types of a kernel's results do not say over which axes they vary.
             check_vma=False,
         )(*map(_reshard(mesh), operands, operand_specs))
         return list(map(_reshard(mesh), results, given))
@@ -284,6 +287,7 @@ def _specs(
                 spec[: len(known)] = [entry or None for entry in known]
                 break
         for axis, entry in enumerate(spec):
+            # A group has one scale, so a shard of the last axis needs whole groups.
             multiple = program.lanes if axis == len(spec) - 1 else 1
             if shape[axis] % (meshes.shards(mesh, entry) * multiple):
                 spec[axis] = None
@@ -335,8 +339,8 @@ def _on_shards(
             if sliced:
                 # An axis of 1 is never sharded.
                 offsets = (first, *offsets[1:])
-            place = Place(program.shape, offsets if sliced or any(spec) else None)
-            shards.append(Shard(program, place, shape, of_leaf))
+            origin = Origin(program.shape, offsets if sliced or any(spec) else None)
+            shards.append(Shard(program, origin, shape, of_leaf))
         return [x for results in kernel(shards) for x in results]
 
     return run

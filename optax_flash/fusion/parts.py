@@ -2,8 +2,8 @@
 
 :mod:`fuse` runs the leaves of a whole update with it. For passes outside of the
 compiler, such as gradient release, which choose the parts themselves, :func:`trace`
-gives an update as equations, :func:`unsliceable` says which of them need whole stacks
-of layers, and :func:`evaluate` runs some of them.
+gives an update as equations, :func:`unsupported_on_layer` says which of them need
+whole stacks of layers, and :func:`evaluate` runs some of them.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def in_words(eqn: Any, otherwise: str) -> str:
     return programs.WORDS.get(eqn.primitive.name, otherwise)
 
 
-def unsliceable(eqn: Any, layers: int) -> str | None:
+def unsupported_on_layer(eqn: Any, layers: int) -> str | None:
     """Why an equation cannot run on one layer of a stack, in words; None if it can.
 
     Args:
@@ -67,7 +67,7 @@ def unsliceable(eqn: Any, layers: int) -> str | None:
             return "its codes share scales along the axis of layers"
         return None
     if is_op(eqn):
-        # Others draw random bits, by the place in the whole leaf.
+        # Others draw random bits, by the global index.
         op = eqn.params["op"]
         fits = isinstance(op, Elementwise) or (
             isinstance(op, Decode)
@@ -76,7 +76,7 @@ def unsliceable(eqn: Any, layers: int) -> str | None:
             and len(eqn.invars[0].aval.shape) > 1
         )
         return None if fits else "arrays of several shapes meet"
-    reason = programs.misfit(eqn)
+    reason = programs.unsupported(eqn)
     for x in eqn.outvars:
         if x.aval.shape and x.aval.shape[:1] != (layers,):
             return reason or "an array has no axis of layers"
@@ -96,10 +96,10 @@ def evaluate(eqns: Iterable[Any], env: Env, index: jax.Array | None = None) -> E
     waiting: list[Any] = []
 
     def run_waiting() -> None:
-        by_implementation: dict[Any, list[Leaf]] = {}
+        by_implementation: dict[Any, list[BoundProgram]] = {}
         for eqn in waiting:
             (program,) = eqn.params["programs"]
-            leaf = Leaf(program, eqn.invars, eqn.outvars)
+            leaf = BoundProgram(program, eqn.invars, eqn.outvars)
             by_implementation.setdefault(eqn.params["implementation"], []).append(leaf)
         for implementation, leaves in by_implementation.items():
             run(leaves, implementation, env, index)
@@ -120,8 +120,8 @@ def evaluate(eqns: Iterable[Any], env: Env, index: jax.Array | None = None) -> E
     return env
 
 
-class Leaf(NamedTuple):
-    """A program to run.
+class BoundProgram(NamedTuple):
+    """A program, and what it takes and makes in an update.
 
     Attributes:
       program: what to compute.
@@ -135,7 +135,7 @@ class Leaf(NamedTuple):
 
 
 def run(
-    leaves: list[Leaf],
+    leaves: list[BoundProgram],
     implementation: str | None,
     env: Env,
     index: jax.Array | None = None,
@@ -159,9 +159,9 @@ def run(
             env.update(zip(leaf.results, of_leaf, strict=True))
 
 
-def _batches(leaves: list[Leaf], sliced: bool) -> Iterator[list[Leaf]]:
+def _batches(leaves: list[BoundProgram], sliced: bool) -> Iterator[list[BoundProgram]]:
     """Leaves that run together: small ones of one family, equal programs first."""
-    families: dict[Any, dict[Program, list[Leaf]]] = {}
+    families: dict[Any, dict[Program, list[BoundProgram]]] = {}
     for leaf in leaves:
         program = leaf.program
         size = program.size // program.shape[0] if sliced else program.size
@@ -199,7 +199,7 @@ def _on_slice(eqn: Any, args: list[Any]) -> Any:
         return op.whole(*args)
     if not shape:
         return bind(eqn, args)
-    # Elementwise equations take no places.
+    # Elementwise equations do not ask for global indices.
     tile = Tile((1, *shape[1:]), None, None)  # pyright: ignore
     given = {x: arg for x, arg in zip(eqn.invars, args, strict=True) if is_variable(x)}
     jaxpr = jaxpr_of([*given], eqn.outvars, [eqn])

@@ -50,7 +50,7 @@ class Program:
         operands.
       inputs: a role for each operand.
       outputs: a role for each result.
-      donors: for each result the operand whose buffer it takes over, or None.
+      aliases: for each result the operand whose buffer it takes over, or None.
       key: equal for equal programs.
     """
 
@@ -58,7 +58,7 @@ class Program:
     jaxpr: Any
     inputs: tuple[Role, ...]
     outputs: tuple[Role, ...]
-    donors: tuple[int | None, ...]
+    aliases: tuple[int | None, ...]
     key: Any
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class Program:
             for eqn in self.jaxpr.eqns
         ]
         results = tuple(name(x) for x in self.jaxpr.outvars)
-        return operands, tuple(equations), results, self.inputs, self.donors
+        return operands, tuple(equations), results, self.inputs, self.aliases
 
 
 def whole(program: Program) -> Any:
@@ -113,7 +113,7 @@ def whole(program: Program) -> Any:
     return lambda *args: as_fun(program.jaxpr)(*args)
 
 
-def misfit(eqn: Any) -> str | None:
+def unsupported(eqn: Any) -> str | None:
     """Why an equation that makes an array cannot be a part of a program, in words."""
     name = eqn.primitive.name
     if eqn.primitive is op_p or name in CASTS:
@@ -124,7 +124,7 @@ def misfit(eqn: Any) -> str | None:
             return f"an array of shape {list(shape)} is broadcast to the leaf"
         return None
     if called := callee(eqn):
-        return _misfit_of_call(called.jaxpr)
+        return _unsupported_in_call(called.jaxpr)
     if name not in ELEMENTWISE:
         return WORDS.get(name, f"{name!r} is not elementwise")
     shape = eqn.outvars[0].aval.shape
@@ -171,9 +171,9 @@ WORDS = {
 }
 
 
-def _misfit_of_call(jaxpr: Any) -> str | None:
+def _unsupported_in_call(jaxpr: Any) -> str | None:
     for eqn in jaxpr.eqns:
-        if any(x.aval.shape for x in eqn.outvars) and (reason := misfit(eqn)):
+        if any(x.aval.shape for x in eqn.outvars) and (reason := unsupported(eqn)):
             return reason
         # A scalar made inside the call must not come from an array.
         scalar = not any(x.aval.shape for x in eqn.outvars)

@@ -29,7 +29,7 @@ from optax_flash.fusion.program import Program
 from optax_flash.fusion.simplify import inline, with_reciprocals
 
 
-class Leaf(NamedTuple):
+class LeafUpdate(NamedTuple):
     """The part of an update that concerns one leaf.
 
     Attributes:
@@ -53,7 +53,7 @@ class Split(NamedTuple):
     Attributes:
       prologue: from the update's operands to ``scalars``.
       scalars: variables of the scalars that leaves or the rest need.
-      leaves: all leaves, misfits too.
+      leaves: all leaves, those without a program too.
       rest: from operands, scalars and the leaves' results to what else is returned.
       rest_operands: the variables that the rest takes.
       returned: for each result of the update its variable or literal.
@@ -61,20 +61,21 @@ class Split(NamedTuple):
 
     prologue: Jaxpr
     scalars: list[Any]
-    leaves: list[Leaf]
+    leaves: list[LeafUpdate]
     rest: Jaxpr
     rest_operands: list[Any]
     returned: list[Any]
 
 
-def split(jaxpr: Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
+def split(jaxpr: Jaxpr, names: list[str], aliases: dict[int, int]) -> Split:
     """Cuts the jaxpr of an update.
 
     Args:
       jaxpr: its constants are operands like any other. The first operands beside them
         are gradients, the first results updates.
       names: the paths of the gradients.
-      donors: for the position of a result, that of the operand which it replaces.
+      aliases: for the position of a result, that of the operand whose buffer it takes
+        over.
     """
     jaxpr = with_reciprocals(inline(jaxpr))
     operands = [*jaxpr.constvars, *jaxpr.invars]
@@ -83,11 +84,13 @@ def split(jaxpr: Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     arrays = [x for x in jaxpr.outvars if _is_array(x) and x not in is_operand]
     for x in arrays:
         groups.add(x)
+    # Backwards, since an equation belongs to the leaf of whatever reads its result, and
+    # one that no result needs belongs to none.
     for eqn in reversed(jaxpr.eqns):
         wanted = [x for x in eqn.outvars if x in groups]
         if wanted:
             groups.collect(eqn, wanted)
-    leaves = _leaves(jaxpr, operands, names, groups, donors)
+    leaves = _leaves(jaxpr, operands, names, groups, aliases)
     fitting = [leaf for leaf in leaves if leaf.program]
     scalars = list(
         dict.fromkeys(
@@ -110,6 +113,7 @@ def split(jaxpr: Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     used.update(others)
     rest_operands = [x for x in known if x in used]
     first = slice_equations(jaxpr.eqns, scalars, is_operand)
+    # Not of gradients: clipping reads all of them first, in any implementation.
     reread = {x for eqn in first for x in eqn.invars if _is_array(x)}
     reread -= set(jaxpr.invars[: len(names)])
     leaves = [
@@ -173,8 +177,10 @@ class _Groups:
         root = wanted[0]
         for x in wanted[1:]:
             root = self.union(root, x)
-        reason = programs.misfit(eqn)
+        reason = programs.unsupported(eqn)
         if reason is not None:
+            # What it reads is not collected: its leaf is left to XLA, and other leaves
+            # that read the same arrays need not be.
             self.reasons.setdefault(self.find(root), reason)
             return
         for x in eqn.invars:
@@ -192,53 +198,57 @@ def _leaves(
     operands: list[Any],
     names: list[str],
     groups: _Groups,
-    donors: dict[int, int],
-) -> list[Leaf]:
+    aliases: dict[int, int],
+) -> list[LeafUpdate]:
     members: dict[Any, tuple[list[Any], list[Any]]] = {}
-    place = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
+    order = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
     names_of: dict[Any, list[str]] = {}
     for x in operands:
         if x in groups:
             members.setdefault(groups.find(x), ([], []))[0].append(x)
-    # What a misfit needs is not known, so its results tell names too.
+    # What a leaf without a program needs is not known, so its results tell names too.
     for beginning in (jaxpr.invars, jaxpr.outvars):
         for x, name in zip(beginning, names, strict=False):
             if _is_array(x) and x in groups:
                 names_of.setdefault(groups.find(x), []).append(name)
     is_operand = set(operands)
-    donor_of: dict[Any, Any] = {}
+    alias_of: dict[Any, Any] = {}
     for i, x in enumerate(jaxpr.outvars):
-        if not _is_array(x) or x in is_operand or x in donor_of:
+        if not _is_array(x) or x in is_operand or x in alias_of:
             continue
-        donor_of[x] = jaxpr.invars[donors[i]] if i in donors else None
+        alias_of[x] = jaxpr.invars[aliases[i]] if i in aliases else None
         members.setdefault(groups.find(x), ([], []))[1].append(x)
     leaves = []
     for root, (arrays, results) in members.items():
         if not results:
             continue
-        eqns = {place[id(eqn)]: eqn for eqn in groups.eqns.get(root, [])}
+        # Sets were joined in any order, and a cast is there once for each reader.
+        eqns = {order[id(eqn)]: eqn for eqn in groups.eqns.get(root, [])}
         eqns = [eqns[i] for i in sorted(eqns)]
         found_names = tuple(dict.fromkeys(names_of.get(root, ())))
         reason = groups.reasons.get(root)
         shape = None if reason else programs.leaf_shape(eqns)
         if shape is None:
             reason = reason or "arrays of several shapes meet"
-            leaves.append(Leaf(None, [], results, found_names, reason))
+            leaves.append(LeafUpdate(None, [], results, found_names, reason))
             continue
-        found, scalars = _program(shape, eqns, arrays, results, donor_of)
-        leaves.append(Leaf(found, arrays + scalars, results, found_names, None))
+        found, scalars = _program_of(shape, eqns, arrays, results, alias_of)
+        leaves.append(LeafUpdate(found, arrays + scalars, results, found_names, None))
     return leaves
 
 
+# One object for equal programs, whichever trace they come from, so that the caches of
+# jitted functions and kernels compare keys by identity. Weak: a program goes with the
+# last cache that holds it.
 _known: "weakref.WeakValueDictionary[Any, Program]" = weakref.WeakValueDictionary()
 
 
-def _program(
+def _program_of(
     shape: tuple[int, ...],
     eqns: list[JaxprEqn],
     arrays: list[Any],
     results: list[Any],
-    donor_of: dict[Any, Any],
+    alias_of: dict[Any, Any],
 ) -> tuple[Program, list[Any]]:
     """The program of some equations, and the scalars that it takes."""
     made = {x for eqn in eqns for x in eqn.outvars}
@@ -249,7 +259,8 @@ def _program(
     literals: dict[int, tuple[Any, list[tuple[int, int]]]] = {}
     for e, eqn in enumerate(eqns):
         inputs: list[Any] = []
-        for i, x in enumerate(eqn.invars):
+        atoms: list[Any] = eqn.invars
+        for i, x in enumerate(atoms):
             if not is_variable(x):
                 if eqn.primitive is op_p:
                     value = int(x.val)
@@ -270,18 +281,18 @@ def _program(
         key.append((eqn.primitive, _params_key(eqn), tuple(inputs)))
     inputs = arrays + list(scalars) + [x for x, _ in literals.values()]
     position = {x: i for i, x in enumerate(arrays)}
-    donors = tuple(
-        position.get(donor_of[x])
-        if donor_of[x] is not None and _same(x, donor_of[x])
+    aliases = tuple(
+        position.get(alias_of[x])
+        if alias_of[x] is not None and _same(x, alias_of[x])
         else None
         for x in results
     )
-    key.append((tuple(number[x] for x in results), donors))
+    key.append((tuple(number[x] for x in results), aliases))
     frozen = tuple(key)
     found = _known.get(frozen)
     if found is None:
         found = _build(
-            shape, eqns, inputs, list(literals.values()), results, donors, frozen
+            shape, eqns, inputs, list(literals.values()), results, aliases, frozen
         )
         _known[frozen] = found
     return found, inputs[len(arrays) :]
@@ -293,20 +304,20 @@ def _build(
     operands: list[Any],
     literals: list[tuple[Any, list[tuple[int, int]]]],
     results: list[Any],
-    donors: tuple[int | None, ...],
+    aliases: tuple[int | None, ...],
     key: Any,
 ) -> Program:
     invars, new_eqns = list(operands), list(eqns)
     first = len(operands) - len(literals)
-    for n, (literal, places) in enumerate(literals):
+    for n, (literal, uses) in enumerate(literals):
         invars[first + n] = Var(literal.aval)
-        for e, i in places:
+        for e, i in uses:
             eqn_invars = list(new_eqns[e].invars)
             eqn_invars[i] = invars[first + n]
             new_eqns[e] = new_eqns[e].replace(invars=eqn_invars)
     inputs, outputs = programs.roles(new_eqns, invars, results)
     jaxpr = jaxpr_of(invars, results, new_eqns)
-    return Program(shape, jaxpr, inputs, outputs, donors, key)
+    return Program(shape, jaxpr, inputs, outputs, aliases, key)
 
 
 def _params_key(eqn: JaxprEqn) -> Any:
@@ -317,6 +328,7 @@ def _params_key(eqn: JaxprEqn) -> Any:
     try:
         hash(items)
     except TypeError:
+        # Such as arrays: the equation equals nothing but itself.
         return id(eqn)
     return items
 

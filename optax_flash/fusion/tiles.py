@@ -18,7 +18,7 @@ from optax_flash.codecs.base import Codec
 from optax_flash.fusion.program import Program, Role
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a shard lies in its leaf.
 
     Attributes:
@@ -36,13 +36,13 @@ class Shard(NamedTuple):
 
     Attributes:
       program: what to compute.
-      place: where the shard lies in its leaf.
+      origin: where the shard lies in its leaf.
       shape: the shard's.
       operands: the shard's, one for each of the program's inputs.
     """
 
     program: Program
-    place: Place
+    origin: Origin
     shape: tuple[int, ...]
     operands: list[jax.Array]
 
@@ -61,8 +61,8 @@ class Shard(NamedTuple):
         return shapes
 
 
-class Where(NamedTuple):
-    """Flat places of a tile's elements in a buffer, and which of them exist."""
+class MaskedIndices(NamedTuple):
+    """Indices of a tile's elements in a flat buffer, and which of them exist."""
 
     indices: jax.Array
     mask: jax.Array | None
@@ -81,12 +81,12 @@ class Layout:
     lanes: int
 
     @classmethod
-    def of(cls, program: Program, shape: tuple[int, ...], place: Place) -> "Layout":
+    def of(cls, program: Program, shape: tuple[int, ...], origin: Origin) -> "Layout":
         """The layout of a program on a shard of its leaf."""
         if program.lanes > 1:
             return cls(shape, program.lanes)
-        # Without groups rows only matter for the places of a shard's elements.
-        return cls(shape if place.offsets else (math.prod(shape),), 32)
+        # Without groups rows only matter for the global indices of a shard.
+        return cls(shape if origin.offsets else (math.prod(shape),), 32)
 
     @property
     def columns(self) -> int:
@@ -105,18 +105,20 @@ class Layout:
     def units(self) -> int:
         return math.prod(self.shape[:-1]) * self.units_per_row
 
-    def elements(self, first: Any, count: int) -> Where:
+    def elements(self, first: Any, count: int) -> MaskedIndices:
         """The elements of ``count`` units from unit ``first``: ``(count, lanes)``."""
         unit = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
         lane = lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
         if not self.ragged:
             index = unit * self.lanes + lane
-            return Where(index, self._mask(count, jnp.broadcast_to(unit, index.shape)))
+            return MaskedIndices(
+                index, self._mask(count, jnp.broadcast_to(unit, index.shape))
+            )
         row, column = self._row_and_column(unit, lane)
         mask = (column < self.columns) & (unit < self.units)
-        return Where(row * self.columns + column, mask)
+        return MaskedIndices(row * self.columns + column, mask)
 
-    def codes(self, codec: Codec, first: Any, count: int) -> Where:
+    def codes(self, codec: Codec, first: Any, count: int) -> MaskedIndices:
         """The bytes that hold the codes of those units."""
         n = codec.codes_per_byte
         if n == 1:
@@ -124,12 +126,12 @@ class Layout:
         packed = Layout(codec.codes_shape(self.shape), self.lanes // n)
         return packed.elements(first, count)
 
-    def scales(self, codec: Codec, plane: int, first: Any, count: int) -> Where:
+    def scales(self, codec: Codec, plane: int, first: Any, count: int) -> MaskedIndices:
         """The scales of those units: ``(count * groups in a unit,)``."""
         n = self.lanes // codec.group
         group = first * n + lax.iota(jnp.int32, count * n)
         if not self.ragged:
-            return Where(
+            return MaskedIndices(
                 group * codec.scales_per_group + plane, self._mask(count, group // n)
             )
         unit = group // n
@@ -137,22 +139,22 @@ class Layout:
         in_row = (unit - row * self.units_per_row) * n + group % n
         groups_per_row = groups.num_groups(self.columns, codec.group)
         index = (row * groups_per_row + in_row) * codec.scales_per_group + plane
-        return Where(index, (in_row < groups_per_row) & (unit < self.units))
+        return MaskedIndices(index, (in_row < groups_per_row) & (unit < self.units))
 
-    def places(self, place: Place, first: Any, count: int) -> jax.Array:
-        """Row-major places in the whole leaf: uint32 ``(count, lanes)``, wrapping."""
-        if place.offsets is None:
+    def global_index(self, origin: Origin, first: Any, count: int) -> jax.Array:
+        """Row-major indices in the whole leaf: uint32 ``(count, lanes)``, wrapping."""
+        if origin.offsets is None:
             return self.elements(first, count).indices.astype(jnp.uint32)
         unit = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
         lane = lax.broadcasted_iota(jnp.int32, (1, self.lanes), 1)
         row, column = self._row_and_column(unit, lane)
-        index = (column + place.offsets[-1]).astype(jnp.uint32)
-        stride = place.shape[-1]
+        index = (column + origin.offsets[-1]).astype(jnp.uint32)
+        stride = origin.shape[-1]
         for axis in reversed(range(len(self.shape) - 1)):
-            coordinate = row % self.shape[axis] + place.offsets[axis]
+            coordinate = row % self.shape[axis] + origin.offsets[axis]
             row = row // self.shape[axis]
             index = index + coordinate.astype(jnp.uint32) * np.uint32(stride % 2**32)
-            stride *= place.shape[axis]
+            stride *= origin.shape[axis]
         return index
 
     def _row_and_column(self, unit: Any, lane: Any) -> tuple[Any, Any]:

@@ -254,7 +254,7 @@ class Update:
         own = self._foreign(part.scalars, set())
         if own:
             self._refuse(self.names[own[0]], layers, _reduction(part.scalars))
-        reasons = [(eqn, fused.unsliceable(eqn, layers)) for eqn in part.eqns]
+        reasons = [(eqn, fused.unsupported_on_layer(eqn, layers)) for eqn in part.eqns]
         # An op is only left over where something else does not fit.
         reasons.sort(key=lambda pair: fused.is_op(pair[0]))
         for eqn, reason in reasons:

@@ -8,7 +8,7 @@ import optax
 
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import PLATFORMS, Target, choose, gpu
-from optax_flash.fusion.split import Leaf
+from optax_flash.fusion.split import LeafUpdate
 from optax_flash.reports import table
 from optax_flash.transforms import _arguments, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
@@ -147,7 +147,9 @@ def _canonical(platform: str) -> str:
     return name
 
 
-def _kind(leaf: Leaf, implementation: str | None, target: Target) -> tuple[Any, ...]:
+def _kind(
+    leaf: LeafUpdate, implementation: str | None, target: Target
+) -> tuple[Any, ...]:
     """What leaves that are alike have in common."""
     shape = leaf.results[0].aval.shape
     if leaf.program is None:

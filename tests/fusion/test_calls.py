@@ -101,7 +101,7 @@ def test_a_closed_call_is_looked_into():
     names = [eqn.primitive.name for eqn in flat_equations(jaxpr)]
     assert {"sin", "add"} <= set(names)
     call = next(eqn for eqn in jaxpr.eqns if jaxprs(eqn))
-    assert program.misfit(call) is None
+    assert program.unsupported(call) is None
     inlined = simplify.inline(jaxpr)
     assert not any(map(jaxprs, inlined.eqns)) and len(inlined.eqns) == 4
     tile = Tile((1, 8), jnp.arange(8, dtype=jnp.uint32)[None], None)
@@ -116,4 +116,4 @@ def test_a_sum_in_a_closed_call_is_no_part_of_a_program():
     jaxpr = with_closed_call(lambda x: inner(3 * x), jnp.ones(8))
     call = next(eqn for eqn in jaxpr.eqns if jaxprs(eqn))
     assert isinstance(call, core.JaxprEqn)
-    assert "sum" in program.misfit(call)
+    assert "sum" in program.unsupported(call)

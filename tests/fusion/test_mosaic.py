@@ -14,7 +14,7 @@ import optax_flash
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import Target, choose, mosaic_tpu
 from optax_flash.fusion.program import whole
-from optax_flash.fusion.tiles import Place, Shard
+from optax_flash.fusion.tiles import Origin, Shard
 from tests.tiers import quick
 
 # Not fused: in fused loops XLA puts multiply-adds in other places of each program.
@@ -79,7 +79,7 @@ def operands_of(program, seed=0):
 
 def on_tpu(program, operands, shape=None, offsets=None):
     shape = shape or program.shape
-    place = Place(program.shape, offsets)
+    place = Origin(program.shape, offsets)
 
     def run(*operands):
         shard = Shard(program, place, shape, list(operands))
@@ -142,7 +142,7 @@ def test_what_is_not_finite_stays_in_its_group(bad):
     grad = next(
         i
         for i, (role, x) in enumerate(zip(program.inputs, operands, strict=True))
-        if role.kind == "full" and i in program.donors
+        if role.kind == "full" and i in program.aliases
     )
     operands[grad] = operands[grad].at[3, 40].set(bad)
     expected = jit(whole(program))(*operands)

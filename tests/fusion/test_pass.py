@@ -145,7 +145,7 @@ def test_every_array_of_the_state_is_updated_in_place():
     tx = optax_flash.master_weights(optax_flash.adamw8(1e-3), finished=False)
     (leaf,) = leaves_of(tx, params_of("kernel", dtype=jnp.bfloat16))
     # The gradient's buffer, the residual's, those of two codes and of two scales.
-    assert len(set(leaf.program.donors) - {None}) == 6
+    assert len(set(leaf.program.aliases) - {None}) == 6
 
 
 @pytest.mark.parametrize(

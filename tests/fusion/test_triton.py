@@ -20,9 +20,9 @@ from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import jax_triton as backend
 from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.backends.triton_source import HEADER, Writer
-from optax_flash.fusion.launch import DEFAULT, Config, plan
+from optax_flash.fusion.launch import DEFAULT, Config, Launch
 from optax_flash.fusion.program import ELEMENTWISE, whole
-from optax_flash.fusion.tiles import Place, Shard
+from optax_flash.fusion.tiles import Origin, Shard
 from tests.fusion.equality import OPTIMIZERS
 from tests.fusion.test_backends import DROPPED, OF_TWO, UNLIKE_THEIR_NAME
 
@@ -112,7 +112,7 @@ def operands_of(program, seed=0):
 
 
 def whole_leaf(program, operands):
-    return Shard(program, Place(program.shape), program.shape, operands)
+    return Shard(program, Origin(program.shape), program.shape, operands)
 
 
 class Buffer:
@@ -161,16 +161,16 @@ def fast_reductions(monkeypatch):
 
 def update(shards, config=DEFAULT):
     """What ``backend.run`` computes, by the interpreter."""
-    planned = plan(shards, config)
+    planned = Launch.of(shards, config)
     arrays = [np.array(x) for x in planned.operands]
-    donors = {result: operand for operand, result in planned.aliases.items()}
+    operand_of = {result: operand for operand, result in planned.aliases.items()}
     results = [
-        arrays[donors[i]] if i in donors else np.zeros(x.size, x.dtype)
+        arrays[operand_of[i]] if i in operand_of else np.zeros(x.size, x.dtype)
         for i, x in enumerate(planned.results)
     ]
     # What is overwritten is one parameter, or two of the same memory.
     once = backend.takes_references()
-    passed = [x for i, x in enumerate(results) if not (once and i in donors)]
+    passed = [x for i, x in enumerate(results) if not (once and i in operand_of)]
     interpret(backend.source(planned, once), planned.starts[-1], arrays + passed)
     return planned.by_leaf(results)
 
@@ -223,7 +223,7 @@ def test_shards_compute_their_piece_of_the_leaf(name):
             offsets = (jnp.int32(rows.start), jnp.int32(half * 256))
             shard = Shard(
                 program,
-                Place(program.shape, offsets),
+                Origin(program.shape, offsets),
                 shape,
                 [piece(x, rows, half) if x.ndim else x for x in operands],
             )
@@ -403,7 +403,7 @@ def test_ptx_reads_and_writes_16_bytes_at_a_time(compiled, name):
             expected = packed if width == 8 else sum(elements) // 16 - packed // 2
             assert found == expected
     assert "triton_kernel_call" in text
-    donated = sum(donor is not None for donor in program.donors)
+    donated = sum(alias is not None for alias in program.aliases)
     assert text.count("output_operand_alias<") == donated > 0
 
 
@@ -433,7 +433,7 @@ def test_equal_leaves_share_a_compilation():
     tx = compress(optax.adamw(1e-2))
     params = [jnp.ones((64, 128)), jnp.ones((128, 64))]
     sources = {
-        backend.source(plan([whole_leaf(p, operands_of(p))], DEFAULT), True)
+        backend.source(Launch.of([whole_leaf(p, operands_of(p))], DEFAULT), True)
         for p in programs(tx, params)
     }
     (text,) = sources

@@ -35,7 +35,7 @@ from optax_flash.fusion.jaxprs import (
 from optax_flash.fusion.launch import tile_operands
 from optax_flash.fusion.ops import Encode, Tile, op_p
 from optax_flash.fusion.program import Program, Role, evaluate
-from optax_flash.fusion.tiles import Layout, Place, Shard, from_tile, to_tile
+from optax_flash.fusion.tiles import Layout, Origin, Shard, from_tile, to_tile
 
 
 def absent() -> None:
@@ -87,8 +87,8 @@ def _encodes(program: Program) -> list[JaxprEqn]:
 def _run(shard: Shard, last: bool) -> tuple[list[jax.Array], list[jax.Array]]:
     """The results, and unless it is the last what was written on the way."""
     program, shape = shard.program, shard.shape
-    layout = Layout.of(program, shape, shard.place)
-    offsets = shard.place.offsets
+    layout = Layout.of(program, shape, shard.origin)
+    offsets = shard.origin.offsets
     run = _steps(program, layout, offsets is not None, last)
     operands = [
         to_tile(layout, role, x)
@@ -148,9 +148,9 @@ def _trace(program: Program, layout: Layout, offset: bool) -> _Traced:
     def run(
         offsets: list[jax.Array], operands: list[Any], errors: list[jax.Array]
     ) -> list[jax.Array]:
-        place = Place(program.shape, tuple(offsets) or None)
+        origin = Origin(program.shape, tuple(offsets) or None)
         elements = layout.elements(0, layout.units)
-        index = layout.places(place, 0, layout.units)
+        index = layout.global_index(origin, 0, layout.units)
         tile = Tile(shape, index, elements.mask, packed=False)
         *out, start, salt = evaluate(arithmetic, tile, [*operands, *errors])
         out = [jnp.broadcast_to(x, tile.shape) for x in out]
@@ -196,6 +196,8 @@ def _steps(
     errors = set(traced.errors.values())
     inputs = [x for x in traced.jaxpr.invars if x not in errors]
     fits = layout.units * layout.lanes <= IN_CACHE
+    # Values of a large leaf would go through memory, which costs more than computing
+    # them again in each phase.
     kept = [
         x
         for x in dict.fromkeys([*traced.values, *traced.most, traced.bits])
@@ -205,6 +207,7 @@ def _steps(
     # The last is written over its operand; for the others XLA copies what is needed.
     plain.sort(key=lambda x: x.aval.dtype.itemsize)
     everything = list(traced.jaxpr.invars)
+    # What rounding adds is known after the maxima of all fields, so these come second.
     rounded = [x for x in plain if errors & set(_slice(traced, [x], everything)[1])]
     exact = [x for x in plain if x not in rounded]
 
@@ -291,6 +294,8 @@ def _steps(
         results = list(map(_repacked, program.outputs, found))
         if last:
             return results, []
+        # Else XLA would give their memory to a leaf of another call, which would then
+        # wait for this one.
         written = [unpacked, [env[x] for x in kept], maxima, found]
         others = {id(x) for x in jax.tree.leaves((operands, results))}
         return results, [x for x in jax.tree.leaves(written) if id(x) not in others]

@@ -45,7 +45,7 @@ def hold_literal(x: Literal) -> Any:
     return np.float32(value) if _is_float(value.dtype) else value
 
 
-def misfit(eqn: Any) -> str | None:
+def unsupported(eqn: Any) -> str | None:
     """Why an equation cannot be evaluated, in words; None if it can."""
     name = eqn.primitive.name
     dtypes = {x.aval.dtype for x in (*eqn.invars, *eqn.outvars)}

@@ -26,15 +26,14 @@ from optax_flash.fusion.launch import (
     DEFAULT,
     Addresses,
     Config,
-    Plan,
+    Launch,
     addresses,
     computation,
     on_one_unit,
     once_a_family,
-    plan,
 )
 from optax_flash.fusion.program import Program
-from optax_flash.fusion.tiles import Shard, Where
+from optax_flash.fusion.tiles import MaskedIndices, Shard
 
 
 def run(
@@ -49,19 +48,19 @@ def run(
     """
     gpu = target.gpu
     assert gpu
-    planned = plan(shards, config)
-    results = planned.flat_results()
+    launch = Launch.of(shards, config)
+    results = launch.flat_results()
     call = calling(
-        planned.aliases,
+        launch.aliases,
         results,
         _ptx_version(gpu),
-        kernel=kernel(source(planned, takes_references())),
-        grid=(planned.starts[-1],),
+        kernel=kernel(source(launch, takes_references())),
+        grid=(launch.starts[-1],),
         num_warps=config.num_warps,
         num_stages=1,
         compute_capability=gpu.capability,
     )
-    return planned.by_leaf(gpus.call(call, planned.operands, results, _compiling))
+    return launch.by_leaf(gpus.call(call, launch.operands, results, _compiling))
 
 
 def absent() -> str | None:
@@ -127,9 +126,9 @@ def calling(
                 **options,
             )
         )
-        donors = {result: operand for operand, result in aliases.items()}
+        operand_of = {result: operand for operand, result in aliases.items()}
         return [
-            jax.freeze(references[donors[i]]) if i in donors else next(written)
+            jax.freeze(references[operand_of[i]]) if i in operand_of else next(written)
             for i in range(len(results))
         ]
 
@@ -203,46 +202,50 @@ def kernel(text: str) -> Any:
     return namespace["optax_flash"]
 
 
-def source(planned: Plan, references: bool) -> str:
-    """The text of a module with the kernel of a plan, named ``optax_flash``.
+def source(launch: Launch, references: bool) -> str:
+    """The text of a module with the kernel of a launch, named ``optax_flash``.
 
     Args:
-      planned: what it is given.
+      launch: what it is given.
       references: what is overwritten is one parameter, not two.
     """
-    donors = {result: operand for operand, result in planned.aliases.items()}
+    operand_of = {result: operand for operand, result in launch.aliases.items()}
     writer = Writer()
     writer.line("tile = tl.program_id(0)")
-    leaves, many = planned.leaves, len(planned.leaves) > 1
+    leaves, many = launch.leaves, len(launch.leaves) > 1
     known: dict[int, Addresses] = {}
 
     def load(i: int) -> Any:
-        known[i] = _addresses(writer, planned, i)
-        return known[i].places, known[i].mask, _load_all(writer, planned, i, known[i])
+        known[i] = _addresses(writer, launch, i)
+        return (
+            known[i].global_index,
+            known[i].mask,
+            _load_all(writer, launch, i, known[i]),
+        )
 
-    tile = _switch(writer, planned.starts, load)
-    shape = planned.units, leaves[0].layout.lanes
+    tile = _switch(writer, launch.starts, load)
+    shape = launch.units, leaves[0].layout.lanes
     masked = many or known[0].mask is not None
     function, args = computation(leaves[0].shard.program, shape, masked)
     results = writer.call(function, args, tile)
 
     def store(i: int) -> None:
         # Names from within a branch are gone after it.
-        where = _addresses(writer, planned, i) if many else known[i]
+        where = _addresses(writer, launch, i) if many else known[i]
         for buffer, at, x in zip(
             leaves[i].results, where.results, results, strict=True
         ):
-            name = f"in{donors[buffer]}" if buffer in donors else f"out{buffer}"
+            name = f"in{operand_of[buffer]}" if buffer in operand_of else f"out{buffer}"
             planes = zip(at, x, strict=True) if isinstance(x, tuple) else [(at, x)]
-            for place, value in planes:
-                _store(writer, name, place, value)
+            for indices, value in planes:
+                _store(writer, name, indices, value)
 
-    _switch(writer, planned.starts, store)
-    parameters = [f"in{i}" for i in range(len(planned.operands))]
+    _switch(writer, launch.starts, store)
+    parameters = [f"in{i}" for i in range(len(launch.operands))]
     parameters += [
         f"out{i}"
-        for i in range(len(planned.results))
-        if not (references and i in donors)
+        for i in range(len(launch.results))
+        if not (references and i in operand_of)
     ]
     head = f"@triton.jit\ndef optax_flash({', '.join(parameters)}):"
     return "\n".join([HEADER + head, *writer.lines, ""])
@@ -271,10 +274,10 @@ def _switch(writer: Writer, starts: list[int], branch: Callable[[int], Any]) -> 
     return jax.tree.unflatten(trees[0], [f"t{i}" for i in range(trees[0].num_leaves)])
 
 
-def _addresses(writer: Writer, planned: Plan, i: int) -> Addresses:
+def _addresses(writer: Writer, launch: Launch, i: int) -> Addresses:
     """Writes where a tile of leaf ``i`` lies."""
-    leaf, units, many = planned.leaves[i], planned.units, len(planned.leaves) > 1
-    tile = f"(tile - {planned.starts[i]})" if i else "tile"
+    leaf, units, many = launch.leaves[i], launch.units, len(launch.leaves) > 1
+    tile = f"(tile - {launch.starts[i]})" if i else "tile"
     first = writer.assign(f"{tile} * {units}")
     offsets = [writer.assign(f"tl.load(in{x})") for x in leaf.offsets]
     integer = jax.ShapeDtypeStruct((), jnp.int32)
@@ -285,27 +288,27 @@ def _addresses(writer: Writer, planned: Plan, i: int) -> Addresses:
     )
 
 
-def _load_all(writer: Writer, planned: Plan, i: int, where: Addresses) -> list[Any]:
+def _load_all(writer: Writer, launch: Launch, i: int, where: Addresses) -> list[Any]:
     """Writes the loads of a tile of leaf ``i``."""
-    leaf, args = planned.leaves[i], []
+    leaf, args = launch.leaves[i], []
     invars = leaf.shard.program.jaxpr.invars
     for buffer, at, x in zip(leaf.operands, where.operands, invars, strict=True):
         name = f"in{buffer}"
         if at is None:
             is_bool = x.aval.dtype == jnp.bool_
             args.append(writer.assign(f"tl.load({name}){' != 0' if is_bool else ''}"))
-        elif isinstance(at, Where):
+        elif isinstance(at, MaskedIndices):
             args.append(_load(writer, name, at))
         else:
             args.append(tuple(_load(writer, name, plane) for plane in at))
     return args
 
 
-def _load(writer: Writer, name: str, at: Where) -> str:
+def _load(writer: Writer, name: str, at: MaskedIndices) -> str:
     mask = "" if at.mask is None else f", mask={at.mask}, other=0"
     return writer.assign(f"tl.load({name} + {at.indices}{mask})")
 
 
-def _store(writer: Writer, name: str, at: Where, x: str) -> None:
+def _store(writer: Writer, name: str, at: MaskedIndices, x: str) -> None:
     mask = "" if at.mask is None else f", mask={at.mask}"
     writer.line(f"tl.store({name} + {at.indices}, {x}{mask})")

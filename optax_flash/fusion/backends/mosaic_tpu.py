@@ -62,8 +62,8 @@ def _unlowerable(program: Program) -> str | None:
             return f"TPU kernels have one bfloat16 scale a group, not {codec.name}'s"
     function, args = on_one_unit(program)
     for eqn in flat_equations(jax.make_jaxpr(function)(*args).jaxpr):
-        if misfit := int32.misfit(eqn):
-            return misfit
+        if reason := int32.unsupported(eqn):
+            return reason
     return None
 
 
@@ -80,7 +80,7 @@ def launched(shard: Shard, interpret: bool = False) -> list[jax.Array]:
     # Whole vectors of 128, of bytes with two codes too.
     columns = min(COLUMNS, -(-n // 256) * 256)
     rows = min(m, ELEMENTS // columns // 32 * 32)
-    offsets = shard.place.offsets or (0,) * len(shard.shape)
+    offsets = shard.origin.offsets or (0,) * len(shard.shape)
 
     def kernel(offset_ref: Any, *refs: Any) -> None:
         inputs, outputs = refs[: len(program.inputs)], refs[len(program.inputs) :]
@@ -120,7 +120,7 @@ def launched(shard: Shard, interpret: bool = False) -> list[jax.Array]:
         out_specs=list(map(spec, program.outputs)),
         out_shape=[jax.core.ShapedArray((m, x.shape[-1]), x.dtype) for x in shapes],
         input_output_aliases={
-            1 + donor: i for i, donor in enumerate(program.donors) if donor is not None
+            1 + alias: i for i, alias in enumerate(program.aliases) if alias is not None
         },
         interpret=interpret,
         name="optax_flash",
@@ -158,12 +158,12 @@ class _Block(NamedTuple):
 
     Attributes:
       shape: ``(rows, columns)``.
-      places: row-major place of each element in the whole leaf, wrapping. # int32
+      global_index: row-major, of each element in the whole leaf, wrapping. # int32
       mask: which elements are there at all; None where all columns are. # bool
     """
 
     shape: tuple[int, int]
-    places: jax.Array
+    global_index: jax.Array
     mask: jax.Array | None
 
     @classmethod
@@ -173,16 +173,16 @@ class _Block(NamedTuple):
         column = lax.broadcasted_iota(jnp.int32, shape, 1) + pl.program_id(1) * shape[1]
         n = shard.shape[-1]
         mask = column < n if n % GROUP else None
-        places, stride = column + offsets[-1], shard.place.shape[-1]
+        global_index, stride = column + offsets[-1], shard.origin.shape[-1]
         for axis in reversed(range(len(shard.shape) - 1)):
             coordinate = row
             if axis:
                 size = np.int32(shard.shape[axis])
                 coordinate, row = lax.rem(row, size), lax.div(row, size)
             wrapped = np.uint32(stride % 2**32).view(np.int32)
-            places = places + (coordinate + offsets[axis]) * wrapped
-            stride *= shard.place.shape[axis]
-        return cls(shape, places, mask)
+            global_index = global_index + (coordinate + offsets[axis]) * wrapped
+            stride *= shard.origin.shape[axis]
+        return cls(shape, global_index, mask)
 
     def evaluate(self, jaxpr: Any, args: list[Any]) -> list[Any]:
         """A program on this block, all values as :mod:`int32` holds them."""
@@ -213,7 +213,7 @@ class _Block(NamedTuple):
             return self.evaluate(_within(op), [x, y])
         start, salt, *arrays = args
         (seed,) = self.evaluate(_seed(), [start, salt])
-        (bits,) = self.evaluate(_mix(), [self.places ^ seed])
+        (bits,) = self.evaluate(_mix(), [self.global_index ^ seed])
         if not isinstance(op, Encode):
             function = _elementwise(op.function, op.static, (np.uint32, *dtypes[2:]))
             return self.evaluate(function, [bits, *arrays])

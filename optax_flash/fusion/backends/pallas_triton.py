@@ -26,15 +26,15 @@ from optax_flash.fusion.launch import (
     DEFAULT,
     Addresses,
     Config,
-    Leaf,
+    KernelLeaf,
+    Launch,
     addresses,
     computation,
     on_one_unit,
     once_a_family,
-    plan,
 )
 from optax_flash.fusion.program import Program
-from optax_flash.fusion.tiles import Shard, Where
+from optax_flash.fusion.tiles import MaskedIndices, Shard
 
 UNSUPPORTED = frozenset({"erf", "round"})
 """The elementwise primitives that Pallas cannot lower to Triton."""
@@ -96,33 +96,35 @@ def launched(
       config: the size of tiles and of blocks of threads.
       interpret: run in XLA on any platform, for tests.
     """
-    planned = plan(shards, config)
-    leaves, units, starts = planned.leaves, planned.units, planned.starts
+    launch = Launch.of(shards, config)
+    leaves, units, starts = launch.leaves, launch.units, launch.starts
 
     def kernel(*refs: Any) -> None:
-        inputs, outputs = refs[: len(planned.operands)], refs[len(planned.operands) :]
+        inputs, outputs = refs[: len(launch.operands)], refs[len(launch.operands) :]
         tile_id = pl.program_id(0)
         if len(leaves) == 1:
             whose: Any = 0
         else:
             whose = sum((tile_id >= x).astype(jnp.int32) for x in starts[1:-1])
 
-        def where(i: int) -> Addresses:
+        def tile_addresses(i: int) -> Addresses:
             first = (tile_id - starts[i]) * units
             offsets = [inputs[x][0] for x in leaves[i].offsets]
             return addresses(leaves[i], first, units, offsets, len(leaves) > 1)
 
         def load(i: int) -> Any:
-            at = where(i)
-            return at.places, at.mask, _load_all(leaves[i], inputs, at)
+            at = tile_addresses(i)
+            return at.global_index, at.mask, _load_all(leaves[i], inputs, at)
 
-        places, mask, args = _switch(whose, load, len(leaves))
+        global_index, mask, args = _switch(whose, load, len(leaves))
         program = leaves[0].shard.program
-        compute, _ = computation(program, places.shape, mask is not None)
-        results = compute(places, mask, args)
+        compute, _ = computation(program, global_index.shape, mask is not None)
+        results = compute(global_index, mask, args)
 
         def store(i: int) -> None:
-            rows = zip(where(i).results, leaves[i].results, results, strict=True)
+            rows = zip(
+                tile_addresses(i).results, leaves[i].results, results, strict=True
+            )
             for at, buffer, x in rows:
                 planes = zip(at, x, strict=True) if isinstance(x, tuple) else [(at, x)]
                 for plane, values in planes:
@@ -134,19 +136,19 @@ def launched(
     call = pl.pallas_call(
         kernel,
         grid=(starts[-1],),
-        in_specs=[everywhere] * len(planned.operands),
-        out_specs=[everywhere] * len(planned.results),
-        out_shape=planned.flat_results(),
-        input_output_aliases=planned.aliases,
+        in_specs=[everywhere] * len(launch.operands),
+        out_specs=[everywhere] * len(launch.results),
+        out_shape=launch.flat_results(),
+        input_output_aliases=launch.aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="optax_flash",
     )
     if interpret:
-        return planned.by_leaf(call(*planned.operands))
+        return launch.by_leaf(call(*launch.operands))
     around = functools.partial(compiling, gpu)
-    out = gpus.call(call, planned.operands, planned.flat_results(), around)
-    return planned.by_leaf(out)
+    out = gpus.call(call, launch.operands, launch.flat_results(), around)
+    return launch.by_leaf(out)
 
 
 @contextlib.contextmanager
@@ -181,7 +183,7 @@ def _switch(i: Any, branch: Any, n: int) -> Any:
     return between(0, n)
 
 
-def _load_all(leaf: Leaf, refs: Any, where: Addresses) -> list[Any]:
+def _load_all(leaf: KernelLeaf, refs: Any, where: Addresses) -> list[Any]:
     """The operands of a tile."""
     args = []
     invars = leaf.shard.program.jaxpr.invars
@@ -189,17 +191,17 @@ def _load_all(leaf: Leaf, refs: Any, where: Addresses) -> list[Any]:
         if at is None:
             value = refs[i][0]
             args.append(value != 0 if x.aval.dtype == jnp.bool_ else value)
-        elif isinstance(at, Where):
+        elif isinstance(at, MaskedIndices):
             args.append(_read(refs[i], at))
         else:
             args.append(tuple(_read(refs[i], plane) for plane in at))
     return args
 
 
-def _read(ref: Any, where: Where) -> jax.Array:
-    other = None if where.mask is None else jnp.zeros([], ref.dtype)
-    return plgpu.load(ref.at[where.indices], mask=where.mask, other=other)
+def _read(ref: Any, at: MaskedIndices) -> jax.Array:
+    other = None if at.mask is None else jnp.zeros([], ref.dtype)
+    return plgpu.load(ref.at[at.indices], mask=at.mask, other=other)
 
 
-def _write(ref: Any, where: Where, x: jax.Array) -> None:
-    plgpu.store(ref.at[where.indices], x, mask=where.mask)
+def _write(ref: Any, at: MaskedIndices, x: jax.Array) -> None:
+    plgpu.store(ref.at[at.indices], x, mask=at.mask)

@@ -34,7 +34,7 @@ def _run(shard: Shard) -> list[jax.Array]:
     program, shape = shard.program, shard.shape
     lanes = program.lanes if program.lanes > 1 else max(shape[-1], 1)
     layout = Layout(shape, lanes)
-    index = layout.places(shard.place, 0, layout.units)
+    index = layout.global_index(shard.origin, 0, layout.units)
     mask = layout.elements(0, layout.units).mask
     operands = [
         to_tile(layout, role, x)
