@@ -123,7 +123,7 @@ def master_weights(
       >>> params = optax.apply_updates(params, updates)
       >>> params["w"]  # too small a step for bfloat16
       Array([1, 1], dtype=bfloat16)
-      >>> optax_flash.master_params(params, state)["w"]
+      >>> optax_flash.master_params(state, params)["w"]
       Array([0.999, 0.999], dtype=float32)
 
     References:
@@ -291,12 +291,12 @@ def cast_params(
     return _mirror.map_with_path(cast, params)
 
 
-def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+def master_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     """The float32 weights that params and residuals stand for.
 
     Args:
-      params: as they came from ``optax.apply_updates`` with the state's update.
       state: a :class:`MasterWeightsState`, or any state that holds one.
+      params: as they came from ``optax.apply_updates`` with the state's update.
 
     Returns:
       A tree like ``params``; float32 for half-precision params, others as they are.
@@ -309,10 +309,10 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       >>> import jax.numpy as jnp, optax, optax_flash
       >>> params = {"w": jnp.ones((2,), jnp.bfloat16)}
       >>> state = optax_flash.master_weights(optax.sgd(0.1)).init(params)
-      >>> optax_flash.master_params(params, state)
+      >>> optax_flash.master_params(state, params)
       {'w': Array([1., 1.], dtype=float32)}
     """
-    _arguments.check_order(state, params, "master_params(params, state)")
+    _arguments.check_order(state, params, "master_params(state, params)")
     found = _find_state(state)
     _check_state(None, found, params)
     return _join(params, found.residual)
@@ -340,7 +340,7 @@ def set_master_params(
       >>> params = optax_flash.cast_params(weights, jnp.bfloat16)
       >>> state = optax_flash.master_weights(optax.sgd(0.1), bits=32).init(params)
       >>> state = optax_flash.set_master_params(state, params, weights)
-      >>> optax_flash.master_params(params, state)
+      >>> optax_flash.master_params(state, params)
       {'w': Array([1.001], dtype=float32)}
     """
     call = "set_master_params(state, params, new_weights)"
@@ -374,7 +374,7 @@ def set_master_params(
     )
 
 
-def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
+def changed_params(state: optax.OptState, params: optax.Params) -> list[str]:
     """Paths of the params that are not those that the last update made.
 
     Needs ``master_weights(track_params=True)``. Compares one number for each param; a
@@ -385,10 +385,10 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
       >>> params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
       >>> tx = optax_flash.master_weights(optax.sgd(0.1), track_params=True)
       >>> state = tx.init(params)
-      >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
+      >>> optax_flash.changed_params(state, params | {"b": 2 * params["b"]})
       ['b']
     """
-    _arguments.check_order(state, params, "changed_params(params, state)")
+    _arguments.check_order(state, params, "changed_params(state, params)")
     found = _find_state(state)
     if found.digest is None:
         raise ValueError(
@@ -650,10 +650,7 @@ def _digest(params: optax.Params, codecs: StateCodecs) -> jax.Array:
 
 
 def _find_state(state: optax.OptState) -> MasterWeightsState:
-    def is_master(node: Any) -> bool:
-        return isinstance(node, MasterWeightsState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_master) if is_master(x)]
+    found = _mirror.nodes(state, MasterWeightsState)
     if len(found) != 1:
         raise ValueError(
             f"The state holds {len(found)} MasterWeightsStates, not one. Wrap the "
