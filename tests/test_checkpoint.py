@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from disks import full_disk
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import optax_flash
 import optax_flash.flax
 from optax_flash import Checkpoints
+from tests.disks import full_disk
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TX = optax_flash.master_weights(optax_flash.adamw8(1e-2))

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

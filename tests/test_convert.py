@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash.flax
 from optax_flash import from_optax_state, to_optax_state
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick
 
 import optax_flash
 from optax_flash import compress, master_weights
+from tests.tiers import quick
 
 SHAPES = {"kernel": (64, 64), "bias": (64,)}
 NARROW = ("float16", "bfloat16")

@@ -11,9 +11,9 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 SHAPE = (64, 64)
 CODEC = optax_flash.Companded4(signed=True)

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 SHAPE = (64, 64)  # 4,096 elements, the smallest leaf that is compressed
 KEY = jax.random.key(0)

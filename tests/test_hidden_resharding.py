@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash.flax import Optimizer, TrainState
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 MOVES = re.compile(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_flash
 from optax_flash.lowrank import _factors, _subspace
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -23,7 +24,7 @@ FACTORS = ("mu_left", "mu_right", "nu_left", "nu_right")
 IN_FLOAT32 = dict.fromkeys(FACTORS)
 
 
-@pytest.fixture(params=STRATEGIES, name="make")
+@pytest.fixture(params=quick(["randomized"], STRATEGIES), name="make")
 def make_fixture(request):
     """The transformation as a function of its rank, for each strategy."""
     return functools.partial(
@@ -33,7 +34,7 @@ def make_fixture(request):
     )
 
 
-@pytest.fixture(params=STRATEGIES, name="alias")
+@pytest.fixture(params=quick(["randomized"], STRATEGIES), name="alias")
 def alias_fixture(request):
     return functools.partial(
         optax_flash.lowrank_adamw,

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import processes
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_flash
+from tests import processes
 
 SPECS = {"a": P("fsdp"), "b": P(None, "fsdp"), "c": P("fsdp", "tp"), "d": P()}
 OPTIMIZERS = [optax_flash.adamw8, optax_flash.lion8, optax_flash.adamw4]

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from tiers import quick
 
 from optax_flash import Affine8, Companded8, compress, state_format
+from tests.tiers import quick
 
 KERNEL = (32, 128)  # 4096 elements: the smallest that is compressed by default.
 STEPS = 40

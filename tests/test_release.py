@@ -16,11 +16,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 import optax_flash.flax
 from optax_flash import release
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -12,10 +12,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash import NumericsReport, compress, master_weights, numerics_report
+from tests.tiers import quick
 
 SHAPE = (64, 64)
 NAN = float("nan")

@@ -11,9 +11,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

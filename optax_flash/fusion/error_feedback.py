@@ -30,13 +30,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from optax_flash.fusion import program as programs
 from optax_flash.fusion import rounding
-from optax_flash.fusion.inline import inline
-from optax_flash.fusion.jaxprs import jaxpr_of, slice_equations
+from optax_flash.fusion.jaxprs import (
+    ClosedJaxpr,
+    Jaxpr,
+    Var,
+    as_fun,
+    is_variable,
+    jaxpr_of,
+    slice_equations,
+    variables,
+)
 from optax_flash.fusion.ops import Tile, op_p
+from optax_flash.fusion.simplify import inline
 
 PyTree = Any
 ByParam = dict[int, jax.Array]
@@ -136,13 +144,13 @@ def with_feedback(
         outs, found[field] = response.first(still(leaves), zero)
         results = results or outs
     if not responses:
-        results = core.jaxpr_as_fun(closed)(*leaves)
+        results = as_fun(closed.jaxpr, closed.consts)(*leaves)
     elif differentiated:
         # The results so far have no derivative where elements meet others. Where the
         # same products are rounded by themselves, values are the same.
         made = {x for eqn in jaxpr.eqns for x in eqn.outvars}
         held = [x for x in next(iter(responses.values())).held if x in made]
-        whole = core.ClosedJaxpr(
+        whole = ClosedJaxpr(
             jaxpr.replace(outvars=[*jaxpr.outvars, *held]), closed.consts
         )
         n = len(jaxpr.outvars)
@@ -200,15 +208,15 @@ class _Response(NamedTuple):
     exact: frozenset[int]
     uniform: frozenset[int]
     alike: frozenset[int]
-    jaxpr: core.Jaxpr
+    jaxpr: Jaxpr
     consts: list[Any]
     updates: int
-    again: core.Jaxpr
+    again: Jaxpr
     held: list[Any]
 
     @classmethod
     def of(
-        cls, jaxpr: core.Jaxpr, consts: list[Any], updates: int, at: dict[int, int]
+        cls, jaxpr: Jaxpr, consts: list[Any], updates: int, at: dict[int, int]
     ) -> "_Response":
         inputs = [jaxpr.invars[k] for k in at.values()]
         separate, moving = _without_mixing(jaxpr, inputs)
@@ -239,7 +247,7 @@ class _Response(NamedTuple):
     def first(self, leaves: list[Any], zero: jax.Array) -> tuple[list[Any], _Influence]:
         """All results of the update, and the influence of the present momenta."""
         jaxpr = self.jaxpr.replace(outvars=[*self.jaxpr.outvars, *self.held])
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, self.consts))
+        function = as_fun(jaxpr, self.consts)
         moved = list(self.at.values())
         closed = jax.make_jaxpr(_with_changes(function, moved))(*leaves)
         n, m = len(self.jaxpr.outvars), len(jaxpr.outvars)
@@ -280,7 +288,7 @@ class _Response(NamedTuple):
         """All gains, from a new state's leaves as they are stored."""
         values = self.present_gains(now)
         if len(self.exact) < len(self.at):
-            function = core.jaxpr_as_fun(core.ClosedJaxpr(self.again, ()))
+            function = as_fun(self.again)
             later, _ = self._influences(function, now.held, leaves)
             for i in self.at:
                 if i not in self.exact:
@@ -372,9 +380,7 @@ FLAT = frozenset(
 """Primitives whose derivative is zero wherever there is one."""
 
 
-def _without_mixing(
-    jaxpr: core.Jaxpr, inputs: list[Any]
-) -> tuple[core.Jaxpr, set[Any]]:
+def _without_mixing(jaxpr: Jaxpr, inputs: list[Any]) -> tuple[Jaxpr, set[Any]]:
     """A jaxpr whose derivative by the inputs stops where elements meet others.
 
     Returns:
@@ -384,11 +390,11 @@ def _without_mixing(
     stop = jax.make_jaxpr(lax.stop_gradient)(1.0).eqns[0]
     eqns: list[Any] = []
     for eqn in jaxpr.eqns:
-        touched = [x for x in eqn.invars if _is_variable(x) and x in moving]
+        touched = [x for x in variables(eqn.invars) if x in moving]
         if touched and not _is_smooth(eqn):
-            still = {x: core.Var(x.aval) for x in touched}
+            still = {x: Var(x.aval) for x in touched}
             eqns += [stop.replace(invars=[x], outvars=[y]) for x, y in still.items()]
-            invars = [still.get(x, x) if _is_variable(x) else x for x in eqn.invars]
+            invars = [still.get(x, x) if is_variable(x) else x for x in eqn.invars]
             eqn = eqn.replace(invars=invars)
         elif touched:
             moving.update(eqn.outvars)
@@ -397,7 +403,7 @@ def _without_mixing(
 
 
 def _linear(
-    jaxpr: core.Jaxpr, inputs: list[Any]
+    jaxpr: Jaxpr, inputs: list[Any]
 ) -> tuple[dict[Any, float | None], set[Any]]:
     """Variables that are an input by a scalar, plus what does not depend on inputs.
 
@@ -413,13 +419,13 @@ def _linear(
     alike: set[Any] = set()
     for eqn in jaxpr.eqns:
         name, operands = eqn.primitive.name, list[Any](eqn.invars)
-        variables = list(filter(_is_variable, operands))
-        touched = [x for x in variables if x in linear]
-        others = [x for x in variables if x not in linear]
+        read = variables(operands)
+        touched = [x for x in read if x in linear]
+        others = [x for x in read if x not in linear]
         if any(x in timed for x in others):
             timed.update(eqn.outvars)
         if not touched:
-            alone = all(not x.aval.shape or x in alike for x in variables)
+            alone = all(not x.aval.shape or x in alike for x in read)
             if alone and _is_elementwise(eqn):
                 alike.update(eqn.outvars)
             continue
@@ -431,7 +437,7 @@ def _linear(
             continue
         scalar = None
         if name == "mul" and not others:
-            (literal,) = (x for x in operands if not _is_variable(x))
+            (literal,) = (x for x in operands if not is_variable(x))
             before = linear[touched[0]]
             scalar = None if before is None else before * float(literal.val)
         elif not product and len(touched) == 1:
@@ -448,7 +454,7 @@ SUMS = frozenset("add sub add_any neg copy copy_p convert_element_type".split())
 """Primitives through which a scalar of an input goes as it is, up to its sign."""
 
 
-def _again(jaxpr: core.Jaxpr, wanted: list[Any]) -> tuple[core.Jaxpr, list[Any]]:
+def _again(jaxpr: Jaxpr, wanted: list[Any]) -> tuple[Jaxpr, list[Any]]:
     """What of an update there is to compute again where only the state is another.
 
     Where elements meet others, in norms, values stay as they were.
@@ -460,13 +466,13 @@ def _again(jaxpr: core.Jaxpr, wanted: list[Any]) -> tuple[core.Jaxpr, list[Any]]
     changed = set(jaxpr.invars)
     eqns = []
     for eqn in jaxpr.eqns:
-        moved = any(_is_variable(x) and x in changed for x in eqn.invars)
+        moved = any(x in changed for x in variables(eqn.invars))
         if moved and (_is_scalar(eqn) or _is_elementwise(eqn)):
             changed.update(eqn.outvars)
             eqns.append(eqn)
     eqns = slice_equations(eqns, wanted, set(jaxpr.invars))
     known = {x for eqn in eqns for x in eqn.outvars} | set(jaxpr.invars)
-    used = [*(x for eqn in eqns for x in eqn.invars if _is_variable(x)), *wanted]
+    used = [*(x for eqn in eqns for x in variables(eqn.invars)), *wanted]
     held = list(dict.fromkeys(x for x in used if x not in known))
     return jaxpr_of([*held, *jaxpr.invars], wanted, eqns), held
 
@@ -483,7 +489,3 @@ def _is_elementwise(eqn: Any) -> bool:
 
 def _is_smooth(eqn: Any) -> bool:
     return eqn.primitive.name not in FLAT and _is_elementwise(eqn)
-
-
-def _is_variable(x: Any) -> bool:
-    return not isinstance(x, core.Literal)

@@ -3,22 +3,17 @@
 import contextlib
 import contextvars
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from optax_flash.codecs import hashing
-from optax_flash.fusion import backends, untraced
-from optax_flash.fusion import primitive as leaves
+from optax_flash.fusion import backends, parts, untraced
 from optax_flash.fusion import split as splits
-from optax_flash.fusion.jaxprs import constant
-from optax_flash.fusion.program import Program
+from optax_flash.fusion.jaxprs import ClosedJaxpr, Env, as_fun, read, trace_state
 from optax_flash.fusion.tangents import moves
 
 PyTree = Any
@@ -46,16 +41,37 @@ class _Trace:
 
     def is_here(self) -> bool:
         """Whether what it knows is true where jax is tracing."""
-        return self.level == core.get_opaque_trace_state(convention="flax")
+        return self.level == trace_state()
 
 
-_trace: contextvars.ContextVar[_Trace | None] = contextvars.ContextVar(
-    "optax_flash_trace", default=None
-)
+class _Unfused(NamedTuple):
+    """Updates inside are plain JAX.
+
+    Attributes:
+      dry: they are only looked at, see :func:`dry`.
+    """
+
+    dry: bool
+
+
 Watched = list[tuple[splits.Leaf, str | None]]
-_watched: contextvars.ContextVar[Watched | None] = contextvars.ContextVar(
-    "optax_flash_leaves", default=None
+
+# Who is around an update: a trace that it takes part in, somebody who wants it unfused,
+# or a list for its leaves. No argument could tell. Between the outermost transformation
+# or a report and the ones inside are any of optax and of users, and those without extra
+# arguments hand on nothing but updates, state and params.
+_around: contextvars.ContextVar[_Trace | _Unfused | Watched | None] = (
+    contextvars.ContextVar("optax_flash_around", default=None)
 )
+
+
+@contextlib.contextmanager
+def _inside(around: _Trace | _Unfused | Watched) -> Iterator[None]:
+    token = _around.set(around)
+    try:
+        yield
+    finally:
+        _around.reset(token)
 
 
 @contextlib.contextmanager
@@ -65,39 +81,22 @@ def watch() -> Iterator[Watched]:
     Beside each leaf is the implementation that was asked for.
     """
     seen: Watched = []
-    token = _watched.set(seen)
-    try:
+    with _inside(seen):
         yield seen
-    finally:
-        _watched.reset(token)
 
 
-_dry: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "optax_flash_dry", default=False
-)
-
-
-@contextlib.contextmanager
-def dry() -> Iterator[None]:
+def dry() -> contextlib.AbstractContextManager[None]:
     """Updates inside are plain JAX and additive: XLA drops what nobody reads.
 
     For a look at the updates, with neither the cost nor the memory of a new state.
     """
-    token = _dry.set(True)
-    try:
-        yield
-    finally:
-        _dry.reset(token)
+    return _inside(_Unfused(dry=True))
 
 
 def is_dry() -> bool:
     """Whether an update is only to be looked at."""
-    return _dry.get()
-
-
-_step_by_step: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "optax_flash_step_by_step", default=False
-)
+    around = _around.get()
+    return isinstance(around, _Unfused) and around.dry
 
 
 def is_differentiated() -> bool:
@@ -105,8 +104,8 @@ def is_differentiated() -> bool:
 
     False where that is not known yet: inside of a jit, scan or cond.
     """
-    trace = _trace.get()
-    return trace is not None and trace.differentiated and trace.is_here()
+    trace = _around.get()
+    return isinstance(trace, _Trace) and trace.differentiated and trace.is_here()
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -118,19 +117,6 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes many objects that live on: looking for garbage costs a fifth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_garbage_collection()
 def run(
     update: Update,
     updates: PyTree,
@@ -160,32 +146,31 @@ def run(
         leaf.
       TypeError: the update takes values of arrays, and is to be compiled.
     """
-    trace = _trace.get()
-    if trace is not None:
+    around = _around.get()
+    if isinstance(around, _Trace):
         if implementation is not None:
-            trace.implementations.add(implementation)
-        if trace.is_here():
-            return update(trace.start, updates, state, params)
-    if trace is not None or is_dry() or _step_by_step.get():
+            around.implementations.add(implementation)
+        if around.is_here():
+            return update(around.start, updates, state, params)
+    if isinstance(around, _Trace | _Unfused):
         start = hashing.start(optax.safe_increment(state.step))
         return update(start, updates, state, params)
 
     operands, treedef = jax.tree.flatten((updates, state, params))
     operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
 
-    def traced(differentiated: bool) -> tuple[core.ClosedJaxpr, Any, set[str]]:
+    def traced(differentiated: bool) -> tuple[ClosedJaxpr, Any, set[str]]:
         trace = _Trace({implementation} if implementation else set(), differentiated)
         structure = []
 
         def flat(*operands: Any) -> list[Any]:
             updates, state, params = jax.tree.unflatten(treedef, operands)
             trace.start = hashing.start(optax.safe_increment(state.step))
-            trace.level = core.get_opaque_trace_state(convention="flax")
-            token = _trace.set(trace)
+            trace.level = trace_state()
             try:
-                out = update(trace.start, updates, state, params)
+                with _inside(trace):
+                    out = update(trace.start, updates, state, params)
             finally:
-                _trace.reset(token)
                 # Nothing of this trace outlives it.
                 trace.start = trace.level = None
             results, out_treedef = jax.tree.flatten(out)
@@ -197,11 +182,8 @@ def run(
 
     def step_by_step() -> tuple[PyTree, PyTree]:
         start = hashing.start(optax.safe_increment(state.step))
-        token = _step_by_step.set(True)
-        try:
+        with _inside(_Unfused(dry=False)):
             return update(start, updates, state, params)
-        finally:
-            _step_by_step.reset(token)
 
     differentiated = moves(operands)
     try:
@@ -226,6 +208,7 @@ def run(
         closed,
         [*closed.consts, *operands],
         _one(implementations),
+        around,
     )
     return jax.tree.unflatten(out_treedef, results)
 
@@ -241,81 +224,36 @@ def _one(implementations: set[str]) -> str | None:
 
 def _run_parts(
     split: splits.Split,
-    closed: core.ClosedJaxpr,
+    closed: ClosedJaxpr,
     operands: list[Any],
     implementation: str | None,
+    watched: Watched | None,
 ) -> list[Any]:
     effects = "it has side effects, as host callbacks have" if closed.effects else None
     if effects:
         misfits = [x._replace(program=None, reason=effects) for x in split.leaves]
         split = split._replace(leaves=misfits)
-    watched = _watched.get()
     if watched is not None:
         watched.extend((leaf, implementation) for leaf in split.leaves)
     if implementation not in (None, "xla"):
         _check_fit(split.leaves, implementation)
     if effects:
         operands = operands[len(closed.consts) :]
-        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands)
+        return as_fun(closed.jaxpr, closed.consts)(*operands)
     variables = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
-    env = dict(zip(variables, operands, strict=True))
+    env: Env = dict(zip(variables, operands, strict=True))
 
-    def read(x: Any) -> Any:
-        if isinstance(x, core.Literal):
-            return constant(x)
-        return env[x]
-
-    env.update(
-        zip(
-            split.scalars,
-            jax.core.eval_jaxpr(split.prologue, (), *operands),
-            strict=True,
-        )
-    )
-    fitting = [(leaf, leaf.program) for leaf in split.leaves if leaf.program]
-    for batch in batches(fitting):
-        results = leaves.update(
-            tuple(program for _, program in batch),
-            implementation,
-            [[read(x) for x in leaf.operands] for leaf, _ in batch],
-        )
-        for (leaf, _), of_leaf in zip(batch, results, strict=True):
-            env.update(zip(leaf.results, of_leaf, strict=True))
-    rest = jax.core.eval_jaxpr(split.rest, (), *map(read, split.rest_operands))
+    scalars = as_fun(split.prologue)(*operands)
+    env.update(zip(split.scalars, scalars, strict=True))
+    fitting = [
+        parts.Leaf(leaf.program, leaf.operands, leaf.results)
+        for leaf in split.leaves
+        if leaf.program
+    ]
+    parts.run(fitting, implementation, env)
+    rest = as_fun(split.rest)(*(read(env, x) for x in split.rest_operands))
     env.update(zip(split.rest.outvars, rest, strict=True))
-    return [read(x) for x in split.returned]
-
-
-T = TypeVar("T")
-
-
-def batches(
-    fitting: list[tuple[T, Program]], sliced: bool = False
-) -> Iterator[list[tuple[T, Program]]]:
-    """Leaves that run together: small ones of one family, equal programs first.
-
-    Args:
-      fitting: the program of each leaf, beside whatever stands for the leaf.
-      sliced: they run on a slice at one index of the leaf's first axis.
-    """
-    families: dict[Any, dict[Program, list[tuple[T, Program]]]] = {}
-    for leaf, program in fitting:
-        size = program.size // program.shape[0] if sliced else program.size
-        if size >= backends.SMALL:
-            yield [(leaf, program)]
-        else:
-            family = families.setdefault(program.family, {})
-            family.setdefault(program, []).append((leaf, program))
-    for family in families.values():
-        rest = []
-        for alike in family.values():
-            # Whole batches of one program, which are traced and compiled once.
-            full = len(alike) // backends.TOGETHER * backends.TOGETHER
-            for i in range(0, full, backends.TOGETHER):
-                yield alike[i : i + backends.TOGETHER]
-            rest += alike[full:]
-        for i in range(0, len(rest), backends.TOGETHER):
-            yield rest[i : i + backends.TOGETHER]
+    return [read(env, x) for x in split.returned]
 
 
 def _check_fit(all_leaves: list[splits.Leaf], implementation: str) -> None:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from optax_flash.codecs import arithmetic, groups, hashing
 from optax_flash.codecs.base import Codec
+from optax_flash.fusion.jaxprs import ClosedJaxpr, Primitive, as_fun
 
 
 @dataclasses.dataclass
@@ -311,7 +311,7 @@ class Batched(Op):
 
 
 def define(
-    primitive: core.Primitive,
+    primitive: Primitive,
     function: Callable[..., Callable[..., Any]],
     smooth: Callable[..., Callable[..., Any]],
 ) -> None:
@@ -326,7 +326,7 @@ def define(
     primitive.multiple_results = True
 
     @functools.lru_cache(maxsize=4096)
-    def traced(avals: tuple[Any, ...], params: tuple[Any, ...]) -> core.ClosedJaxpr:
+    def traced(avals: tuple[Any, ...], params: tuple[Any, ...]) -> ClosedJaxpr:
         return jax.make_jaxpr(function(**dict(params)))(*avals)
 
     @functools.lru_cache(maxsize=4096)
@@ -335,7 +335,7 @@ def define(
 
     def lowering(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
         jaxpr = traced(tuple(ctx.avals_in), tuple(params.items()))
-        plain = mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)
+        plain = mlir.lower_fun(as_fun(jaxpr.jaxpr, jaxpr.consts), multiple_results=True)
         return plain(ctx, *args)
 
     def batch(args: Any, dims: Any, **params: Any) -> tuple[Any, list[int]]:
@@ -379,9 +379,9 @@ def define(
     ad.primitive_jvps[primitive] = jvp
 
 
-op_p = core.Primitive("optax_flash_op")
+op_p = Primitive("optax_flash_op")
 define(op_p, lambda op: op.whole, lambda op: op.smooth)
-batched_op_p = core.Primitive("optax_flash_batched_op")
+batched_op_p = Primitive("optax_flash_batched_op")
 define(batched_op_p, lambda op: op.whole, lambda op: op.smooth)
 
 

@@ -24,10 +24,10 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_flash import meshes
+from optax_flash.fusion.jaxprs import Jaxpr
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Place, Shard
 
@@ -164,7 +164,7 @@ def explicit_mesh(avals: Sequence[Any]) -> Any:
 
 
 @functools.cache
-def asks_for_devices() -> core.Jaxpr:
+def asks_for_devices() -> Jaxpr:
     """What makes jax tell a lowering its devices, which partitioning needs.
 
     It does so only where it sees an equation that is known to need them, such as a

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.extend import core
 from jax.interpreters import mlir
 
 from optax_flash.fusion import backends, ops, partition
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import xla
+from optax_flash.fusion.jaxprs import Jaxpr, Primitive
 from optax_flash.fusion.program import Program, whole
 
 Programs = tuple[Program, ...]
@@ -97,7 +97,7 @@ def _one_in_xla(program: Program) -> Callable[..., list[jax.Array]]:
     return jax.jit(whole(program))
 
 
-update_p = core.Primitive("optax_flash_update")
+update_p = Primitive("optax_flash_update")
 ops.define(update_p, _in_xla, _in_xla)
 
 
@@ -107,7 +107,7 @@ def _lowering(platform: str | None = None) -> Callable[..., Any]:
         *operands: Any,
         programs: Programs,
         implementation: str | None,
-        devices: core.Jaxpr,
+        devices: Jaxpr,
         sliced: bool,
     ) -> Any:
         del devices

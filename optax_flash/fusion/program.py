@@ -4,18 +4,23 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
 
 from optax_flash.codecs.base import Codec
-from optax_flash.fusion.jaxprs import CASTS, constant
+from optax_flash.fusion import jaxprs
+from optax_flash.fusion.jaxprs import (
+    CALLS,
+    CASTS,
+    Jaxpr,
+    JaxprEqn,
+    as_fun,
+    callee,
+    is_variable,
+)
 from optax_flash.fusion.ops import Decode, Encode, Op, Round, Tile, op_p
 
 
@@ -41,7 +46,7 @@ class Program:
 
     Attributes:
       shape: of the leaf.
-      jaxpr: a ``core.Jaxpr``, without constants. An :class:`Op`'s literals are
+      jaxpr: a ``Jaxpr``, without constants. An :class:`Op`'s literals are
         operands.
       inputs: a role for each operand.
       outputs: a role for each result.
@@ -85,7 +90,7 @@ class Program:
 
         def name(x: Any) -> Any:
             dtype = x.aval.dtype
-            if isinstance(x, core.Literal):
+            if not is_variable(x):
                 return str(x.val), dtype
             return number.setdefault(x, len(number)), dtype
 
@@ -105,7 +110,7 @@ class Program:
 
 def whole(program: Program) -> Any:
     """The program as a function of whole arrays: plain JAX, the reference."""
-    return lambda *args: jax.core.eval_jaxpr(program.jaxpr, (), *args)
+    return lambda *args: as_fun(program.jaxpr)(*args)
 
 
 def misfit(eqn: Any) -> str | None:
@@ -118,8 +123,8 @@ def misfit(eqn: Any) -> str | None:
         if shape and shape != eqn.outvars[0].aval.shape:
             return f"an array of shape {list(shape)} is broadcast to the leaf"
         return None
-    if name in CALLS:
-        return _misfit_of_call(eqn.params[CALLS[name]])
+    if called := callee(eqn):
+        return _misfit_of_call(called.jaxpr)
     if name not in ELEMENTWISE:
         return WORDS.get(name, f"{name!r} is not elementwise")
     shape = eqn.outvars[0].aval.shape
@@ -142,16 +147,6 @@ ELEMENTWISE = frozenset(
     "sin sqrt square stop_gradient sub tan tanh xor".split()
 )
 """Primitives that compute each element of the result from one of each operand."""
-
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "eval_jaxpr": "call_jaxpr",  # closed_call, since jax 0.12
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-"""Primitives that call a jaxpr, and the parameter that holds it."""
 
 WORDS = {
     "dot_general": "a matrix product",
@@ -177,8 +172,7 @@ WORDS = {
 
 
 def _misfit_of_call(jaxpr: Any) -> str | None:
-    eqns = getattr(jaxpr, "jaxpr", jaxpr).eqns
-    for eqn in eqns:
+    for eqn in jaxpr.eqns:
         if any(x.aval.shape for x in eqn.outvars) and (reason := misfit(eqn)):
             return reason
         # A scalar made inside the call must not come from an array.
@@ -203,42 +197,19 @@ def _without_shapes(params: dict[str, Any]) -> Any:
     return tuple(named)
 
 
-def flat_equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """All equations, those inside of calls too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        if eqn.primitive.name in CALLS:
-            inner = eqn.params[CALLS[eqn.primitive.name]]
-            yield from flat_equations(getattr(inner, "jaxpr", inner))
-
-
-def evaluate(
-    jaxpr: core.Jaxpr, tile: Tile, args: list[Any], consts: Any = ()
-) -> list[Any]:
+def evaluate(jaxpr: Jaxpr, tile: Tile, args: list[Any], consts: Any = ()) -> list[Any]:
     """A jaxpr of elementwise equations on a tile."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(x: Any) -> Any:
-        if isinstance(x, core.Literal):
-            return constant(x)[()]
-        return env[x]
-
-    for eqn in jaxpr.eqns:
-        outs = _evaluate_equation(eqn, tile, [read(x) for x in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(x) for x in jaxpr.outvars]
+    rule = functools.partial(_evaluate_equation, tile)
+    return jaxprs.evaluate(jaxpr, args, rule, consts)
 
 
-def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
+def _evaluate_equation(tile: Tile, eqn: Any, args: list[Any]) -> Any:
     name, params = eqn.primitive.name, eqn.params
     if eqn.primitive is op_p:
         op: Op = params["op"]
         return op.tile(tile, *args)
-    if name in CALLS:
-        inner = params[CALLS[name]]
-        consts = getattr(inner, "consts", ())
-        return evaluate(getattr(inner, "jaxpr", inner), tile, args, consts)
+    if called := callee(eqn):
+        return evaluate(called.jaxpr, tile, args, called.consts)
     x = args[0]
     scalar = not eqn.outvars[0].aval.shape
     if name == "broadcast_in_dim":
@@ -260,9 +231,7 @@ def _evaluate_equation(eqn: Any, tile: Tile, args: list[Any]) -> Any:
     return out if eqn.primitive.multiple_results else (out,)
 
 
-def _same_rank(
-    eqn: core.JaxprEqn, tile: Tile, args: list[Any], scalar: bool
-) -> list[Any]:
+def _same_rank(eqn: JaxprEqn, tile: Tile, args: list[Any], scalar: bool) -> list[Any]:
     """Scalars as tiles, where an equation on tiles is given both."""
     if scalar:
         return args
@@ -275,7 +244,7 @@ def _same_rank(
 
 
 def roles(
-    eqns: list[core.JaxprEqn], operands: list[Any], results: list[Any]
+    eqns: list[JaxprEqn], operands: list[Any], results: list[Any]
 ) -> tuple[tuple[Role, ...], tuple[Role, ...]]:
     """The roles of a program's operands and results, from the ops that use them."""
     stored: dict[Any, Role] = {}
@@ -291,7 +260,7 @@ def roles(
             stored[scales] = Role("scales", codec)
 
     def role(x: Any) -> Role:
-        if isinstance(x, core.Literal) or not x.aval.shape:
+        if not is_variable(x) or not x.aval.shape:
             return SCALAR
         return stored.get(x, FULL)
 

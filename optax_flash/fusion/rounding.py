@@ -9,14 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
-from optax_flash.fusion import ops
-from optax_flash.fusion.inline import inline
-from optax_flash.fusion.jaxprs import jaxpr_of, slice_equations
+from optax_flash.fusion import jaxprs, ops
+from optax_flash.fusion.jaxprs import ClosedJaxpr, slice_equations
+from optax_flash.fusion.simplify import inline
 
 PRODUCTS = frozenset("mul div integer_pow square".split())
 """Primitives whose results a compiler may merge into what uses them."""
@@ -48,7 +46,7 @@ def apart(function: Callable[..., Any], zero: jax.Array) -> Callable[..., Any]:
 
 
 def evaluate(
-    closed: core.ClosedJaxpr, args: list[Any], zero: jax.Array, as_they_are: int = 0
+    closed: ClosedJaxpr, args: list[Any], zero: jax.Array, as_they_are: int = 0
 ) -> list[Any]:
     """The results of a jaxpr, in which products are rounded by themselves.
 
@@ -64,22 +62,14 @@ def evaluate(
     left = slice_equations(jaxpr.eqns, jaxpr.outvars[:as_they_are], known)
     others = jaxpr.outvars[as_they_are:]
     left = {x for eqn in left for x in eqn.outvars if x not in others}
-    eqns, of_zero = [], core.Var(jax.typeof(zero))
-    holding: dict[Any, Any] = {}
-    for eqn in jaxpr.eqns:
-        result = eqn.outvars[0]
-        if result in left or not _is_product(eqn):
-            eqns.append(eqn)
-            continue
-        product = core.Var(result.aval)
-        if result.aval not in holding:
-            (holding[result.aval],) = jax.make_jaxpr(alone)(
-                result.aval, of_zero.aval
-            ).eqns
-        held = holding[result.aval].replace(invars=[product, of_zero], outvars=[result])
-        eqns += [eqn.replace(outvars=[product]), held]
-    jaxpr = jaxpr_of([*jaxpr.constvars, *jaxpr.invars, of_zero], jaxpr.outvars, eqns)
-    return jax.core.eval_jaxpr(jaxpr, (), *closed.consts, *args, zero)
+
+    def rule(eqn: Any, values: list[Any]) -> list[Any]:
+        results = jaxprs.bind(eqn, values)
+        if eqn.outvars[0] in left or not _is_product(eqn):
+            return results
+        return [alone(results[0], zero)]
+
+    return jaxprs.evaluate(jaxpr, args, rule, closed.consts)
 
 
 def alone(x: jax.Array, zero: jax.Array) -> jax.Array:

@@ -12,14 +12,21 @@ Arrays that meet on the way belong to one leaf. So an update becomes
 import weakref
 from typing import Any, NamedTuple
 
-from jax.extend import core
-
 from optax_flash.fusion import program as programs
-from optax_flash.fusion.inline import inline
-from optax_flash.fusion.jaxprs import casts_of, jaxpr_of, scalar_casts, slice_equations
+from optax_flash.fusion.jaxprs import (
+    Jaxpr,
+    JaxprEqn,
+    Var,
+    casts_of,
+    is_variable,
+    jaxpr_of,
+    scalar_casts,
+    slice_equations,
+    variables,
+)
 from optax_flash.fusion.ops import op_p
 from optax_flash.fusion.program import Program
-from optax_flash.fusion.reciprocals import with_reciprocals
+from optax_flash.fusion.simplify import inline, with_reciprocals
 
 
 class Leaf(NamedTuple):
@@ -52,15 +59,15 @@ class Split(NamedTuple):
       returned: for each result of the update its variable or literal.
     """
 
-    prologue: core.Jaxpr
+    prologue: Jaxpr
     scalars: list[Any]
     leaves: list[Leaf]
-    rest: core.Jaxpr
+    rest: Jaxpr
     rest_operands: list[Any]
     returned: list[Any]
 
 
-def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
+def split(jaxpr: Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
     """Cuts the jaxpr of an update.
 
     Args:
@@ -87,19 +94,19 @@ def split(jaxpr: core.Jaxpr, names: list[str], donors: dict[int, int]) -> Split:
             x
             for leaf in fitting
             for x in leaf.operands
-            if not isinstance(x, core.Literal) and x not in is_operand
+            if is_variable(x) and x not in is_operand
         )
     )
     made = {x for leaf in fitting for x in leaf.results}
     others = [
         x
         for x in jaxpr.outvars
-        if not isinstance(x, core.Literal) and x not in made and x not in is_operand
+        if is_variable(x) and x not in made and x not in is_operand
     ]
     others = list(dict.fromkeys(others))
     known = [*operands, *scalars, *made]
     eqns = slice_equations(jaxpr.eqns, others, set(known))
-    used = {x for eqn in eqns for x in eqn.invars if not isinstance(x, core.Literal)}
+    used = {x for eqn in eqns for x in variables(eqn.invars)}
     used.update(others)
     rest_operands = [x for x in known if x in used]
     first = slice_equations(jaxpr.eqns, scalars, is_operand)
@@ -134,7 +141,7 @@ class _Groups:
     def __init__(self, casts: dict[Any, Any]) -> None:
         self.casts = casts
         self.parent: dict[Any, Any] = {}
-        self.eqns: dict[Any, list[core.JaxprEqn]] = {}
+        self.eqns: dict[Any, list[JaxprEqn]] = {}
         self.reasons: dict[Any, str] = {}
 
     def __contains__(self, x: Any) -> bool:
@@ -161,7 +168,7 @@ class _Groups:
             self.reasons.setdefault(a, self.reasons.pop(b))
         return a
 
-    def collect(self, eqn: core.JaxprEqn, wanted: list[Any]) -> None:
+    def collect(self, eqn: JaxprEqn, wanted: list[Any]) -> None:
         """Takes an equation into the set of its results, with what it needs."""
         root = wanted[0]
         for x in wanted[1:]:
@@ -181,7 +188,7 @@ class _Groups:
 
 
 def _leaves(
-    jaxpr: core.Jaxpr,
+    jaxpr: Jaxpr,
     operands: list[Any],
     names: list[str],
     groups: _Groups,
@@ -228,7 +235,7 @@ _known: "weakref.WeakValueDictionary[Any, Program]" = weakref.WeakValueDictionar
 
 def _program(
     shape: tuple[int, ...],
-    eqns: list[core.JaxprEqn],
+    eqns: list[JaxprEqn],
     arrays: list[Any],
     results: list[Any],
     donor_of: dict[Any, Any],
@@ -243,7 +250,7 @@ def _program(
     for e, eqn in enumerate(eqns):
         inputs: list[Any] = []
         for i, x in enumerate(eqn.invars):
-            if isinstance(x, core.Literal):
+            if not is_variable(x):
                 if eqn.primitive is op_p:
                     value = int(x.val)
                     literals.setdefault(value, (x, []))[1].append((e, i))
@@ -282,7 +289,7 @@ def _program(
 
 def _build(
     shape: tuple[int, ...],
-    eqns: list[core.JaxprEqn],
+    eqns: list[JaxprEqn],
     operands: list[Any],
     literals: list[tuple[Any, list[tuple[int, int]]]],
     results: list[Any],
@@ -292,7 +299,7 @@ def _build(
     invars, new_eqns = list(operands), list(eqns)
     first = len(operands) - len(literals)
     for n, (literal, places) in enumerate(literals):
-        invars[first + n] = core.Var(literal.aval)
+        invars[first + n] = Var(literal.aval)
         for e, i in places:
             eqn_invars = list(new_eqns[e].invars)
             eqn_invars[i] = invars[first + n]
@@ -302,7 +309,7 @@ def _build(
     return Program(shape, jaxpr, inputs, outputs, donors, key)
 
 
-def _params_key(eqn: core.JaxprEqn) -> Any:
+def _params_key(eqn: JaxprEqn) -> Any:
     params = eqn.params
     if not params:
         return ()
@@ -315,7 +322,7 @@ def _params_key(eqn: core.JaxprEqn) -> Any:
 
 
 def _is_array(x: Any) -> bool:
-    return not isinstance(x, core.Literal) and bool(x.aval.shape)
+    return is_variable(x) and bool(x.aval.shape)
 
 
 def _same(a: Any, b: Any) -> bool:

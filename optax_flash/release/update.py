@@ -6,27 +6,24 @@ whole, random bits are those of the whole, and a part that needs another's gradi
 found out before anything runs.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
-from optax_flash.fusion import fuse
-from optax_flash.fusion import primitive as fused
-from optax_flash.fusion import program as programs
-from optax_flash.fusion.backends import SMALL
-from optax_flash.fusion.inline import inline
-from optax_flash.fusion.jaxprs import constant, jaxpr_of, slice_equations
-from optax_flash.fusion.ops import Decode, Elementwise, Tile, Within, op_p
+from optax_flash.fusion import parts as fused
+from optax_flash.fusion.jaxprs import (
+    Env,
+    is_variable,
+    read,
+    slice_equations,
+    variables,
+)
 from optax_flash.transforms import _mirror
 
 PyTree = Any
-Env = dict[Any, Any]
 
 EXACT = {
     "reduce_sum": (jnp.add, 0),
@@ -67,7 +64,7 @@ class Part(NamedTuple):
 
     def variables(self) -> list[tuple[int, Any]]:
         """The results that are not literals."""
-        return [(i, x) for i, x in self.results.items() if _is_variable(x)]
+        return [(i, x) for i, x in self.results.items() if is_variable(x)]
 
 
 class Update:
@@ -93,24 +90,18 @@ class Update:
             updates, new_state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), new_state
 
-        closed, shapes = jax.make_jaxpr(step, return_shape=True)(params, params, state)
+        closed, shapes = fused.trace(step, params, params, state)
         _check_kept((params, state), shapes)
         if closed.effects:
             raise ValueError(
                 "release: the update has side effects, as host callbacks have, which "
                 "would run layer by layer. Leave them out of the transformation."
             )
-        jaxpr = inline(closed.jaxpr)
+        jaxpr = closed.jaxpr
         self.n = len(jax.tree.leaves(params))
         self.names = _mirror.leaf_paths(params)
         self.state_names = _mirror.leaf_paths(state)
-        self.eqns = [
-            part
-            for eqn in jaxpr.eqns
-            for part in (
-                fused.one_by_one(eqn) if eqn.primitive is fused.update_p else [eqn]
-            )
-        ]
+        self.eqns: list[Any] = jaxpr.eqns
         self.grads: list[Any] = jaxpr.invars[: self.n]
         self.operands: list[Any] = jaxpr.invars[self.n :]
         self.results = jaxpr.outvars
@@ -138,7 +129,8 @@ class Update:
         if stacked is None:
             return [together]
         self._check_elementwise(together, stacked)
-        small = {i for i in own if self.operands[i].aval.size < SMALL * stacked}
+        sizes = {i: self.operands[i].aval.size // stacked for i in own}
+        small = {i for i in own if fused.is_small(sizes[i])}
         apart = [small, *({i} for i in sorted(own - small))]
         parts = [self._part(some, stacked) for some in apart if some]
         mixed = any(self._foreign(part.eqns, set(part.params)) for part in parts)
@@ -154,7 +146,7 @@ class Update:
         }
         reductions = {x: eqn for x, (i, eqn) in self._reductions.items() if i in own}
         reduced = [eqn.invars[0] for eqn in reductions.values()]
-        wanted = _variables([*results.values(), *reduced])
+        wanted = variables([*results.values(), *reduced])
         eqns = slice_equations(self.eqns, wanted, self._known)
         ordered = tuple(sorted(own))
         if stacked is None:
@@ -172,9 +164,9 @@ class Update:
             for i, (x, old) in enumerate(zip(self.results, self.operands, strict=True))
             if i not in made and x is not old
         }
-        known = self._known | set(_variables(made.values())) | set(self._reductions)
+        known = self._known | set(variables(made.values())) | set(self._reductions)
         for i, x in results.items():
-            eqns = slice_equations(self.eqns, _variables([x]), known)
+            eqns = slice_equations(self.eqns, variables([x]), known)
             if self._foreign(eqns, set()):
                 name = (*self.names, *self.state_names)[i]
                 raise ValueError(
@@ -183,14 +175,14 @@ class Update:
                     "transformation whose state has arrays like the params alone, or "
                     "the ordinary step."
                 )
-        eqns = slice_equations(self.eqns, _variables(results.values()), known)
+        eqns = slice_equations(self.eqns, variables(results.values()), known)
         return Part((), {}, results, [], eqns)
 
     def arrays(self, part: Part) -> list[Any]:
         """The variables of arrays, gradients aside, that a part of a stack takes."""
-        read = [x for eqn in part.eqns for x in _variables(eqn.invars)]
-        read += _variables(part.results.values())
-        read += _variables(eqn.invars[0] for eqn in part.reductions.values())
+        read = [x for eqn in part.eqns for x in variables(eqn.invars)]
+        read += variables(part.results.values())
+        read += variables(eqn.invars[0] for eqn in part.reductions.values())
         known = self._known.difference(self.grads)
         return [x for x in dict.fromkeys(read) if x in known and x.aval.shape]
 
@@ -208,7 +200,7 @@ class Update:
         found: dict[Any, tuple[int, Any]] = {}
         for eqn in self.eqns:
             of = frozenset[int]().union(
-                *(sources.get(x, frozenset()) for x in _variables(eqn.invars))
+                *(sources.get(x, frozenset()) for x in variables(eqn.invars))
             )
             sources.update(dict.fromkeys(eqn.outvars, of))
             x: Any = eqn.outvars[0]
@@ -217,14 +209,14 @@ class Update:
             if len(of) == 1 and not x.aval.shape:
                 if whole or name in ("reduce_or", "reduce_and"):
                     found[x] = (next(iter(of)), eqn)
-        wanted = [x for x in _variables(self.results) if not x.aval.shape]
+        wanted = [x for x in variables(self.results) if not x.aval.shape]
         eqns = slice_equations(self.eqns, wanted, self._known | set(found))
-        read = {x for eqn in eqns for x in _variables(eqn.invars)} | set(wanted)
+        read = {x for eqn in eqns for x in variables(eqn.invars)} | set(wanted)
         return {x: of for x, of in found.items() if x in read}
 
     def _foreign(self, eqns: list[Any], own: set[int]) -> list[int]:
         """Params that are not ``own`` and whose gradients equations read."""
-        read = {x for eqn in eqns for x in _variables(eqn.invars)}
+        read = {x for eqn in eqns for x in variables(eqn.invars)}
         return [i for i, x in enumerate(self.grads) if x in read and i not in own]
 
     def _check_grads(self, eqns: list[Any], own: set[int]) -> None:
@@ -242,11 +234,11 @@ class Update:
         """How gradients of several params first meet, in words."""
         sources = {x: frozenset([i]) for i, x in enumerate(self.grads)}
         for eqn in eqns:
-            met = [sources[x] for x in _variables(eqn.invars) if x in sources]
+            met = [sources[x] for x in variables(eqn.invars) if x in sources]
             together = frozenset[int]().union(*met)
             if len(together) > 1 and together not in met:
-                return programs.WORDS.get(
-                    eqn.primitive.name, "gradients are combined, as in a global norm"
+                return fused.in_words(
+                    eqn, "gradients are combined, as in a global norm"
                 )
             sources.update(dict.fromkeys(eqn.outvars, together))
         return "gradients are combined"
@@ -254,7 +246,7 @@ class Update:
     def _scalars(self, eqns: list[Any]) -> list[Any]:
         """The equations that make the scalars which others compute arrays with."""
         arrays = [eqn for eqn in eqns if any(x.aval.shape for x in eqn.outvars)]
-        read = [x for eqn in arrays for x in _variables(eqn.invars)]
+        read = [x for eqn in arrays for x in variables(eqn.invars)]
         return slice_equations(eqns, [x for x in read if not x.aval.shape], self._known)
 
     def _check_elementwise(self, part: Part, layers: int) -> None:
@@ -262,9 +254,9 @@ class Update:
         own = self._foreign(part.scalars, set())
         if own:
             self._refuse(self.names[own[0]], layers, _reduction(part.scalars))
-        reasons = [(eqn, _misfit(eqn, layers)) for eqn in part.eqns]
+        reasons = [(eqn, fused.unsliceable(eqn, layers)) for eqn in part.eqns]
         # An op is only left over where something else does not fit.
-        reasons.sort(key=lambda pair: pair[0].primitive is op_p)
+        reasons.sort(key=lambda pair: fused.is_op(pair[0]))
         for eqn, reason in reasons:
             if reason:
                 self._refuse(self._whose(eqn, part), layers, reason)
@@ -272,7 +264,7 @@ class Update:
     def _whose(self, eqn: Any, part: Part) -> str:
         """The name of a param on which an equation depends."""
         needed = slice_equations(part.eqns, eqn.outvars, self._known)
-        read = {x for each in needed for x in _variables(each.invars)}
+        read = {x for each in needed for x in variables(each.invars)}
         for i in part.params:
             if self.grads[i] in read or self.operands[i] in read:
                 return self.names[i]
@@ -298,99 +290,17 @@ def evaluate(
         arrays are slices ``x[index : index + 1]``.
       index: of the layer, int32.
     """
-    env = dict(env)
-    waiting: list[Any] = []
-
-    def read(x: Any) -> Any:
-        return env[x] if _is_variable(x) else constant(x)
-
-    def run_waiting() -> None:
-        # Small leaves share kernels, whichever params they belong to.
-        by_implementation: dict[Any, list[Any]] = {}
-        for eqn in waiting:
-            name = eqn.params["implementation"]
-            (program,) = eqn.params["programs"]
-            by_implementation.setdefault(name, []).append((eqn, program))
-        for name, fitting in by_implementation.items():
-            for batch in fuse.batches(fitting, sliced=index is not None):
-                results = fused.update(
-                    tuple(program for _, program in batch),
-                    name,
-                    [[read(x) for x in eqn.invars] for eqn, _ in batch],
-                    index,
-                )
-                for (eqn, _), of_leaf in zip(batch, results, strict=True):
-                    env.update(zip(eqn.outvars, of_leaf, strict=True))
-        waiting.clear()
-
-    for eqn in part.eqns:
-        if any(_is_variable(x) and x not in env for x in eqn.invars):
-            run_waiting()
-        if eqn.primitive is fused.update_p and len(eqn.params["programs"]) == 1:
-            waiting.append(eqn)
-        else:
-            out = _equation(eqn, [read(x) for x in eqn.invars], index is not None)
-            env.update(zip(eqn.outvars, out, strict=True))
-    run_waiting()
-    reduced = [
-        _equation(eqn, [read(eqn.invars[0])], False)[0]
-        for eqn in part.reductions.values()
-    ]
-    return {i: read(x) for i, x in part.results.items()}, reduced
+    env = fused.evaluate(part.eqns, env, index)
+    results = {i: read(env, x) for i, x in part.results.items()}
+    # On what was computed, whether that is of a layer or of all.
+    env = fused.evaluate(part.reductions.values(), env)
+    return results, [env[x] for x in part.reductions]
 
 
 def scalars(part: Part, env: Env) -> Env:
     """Values of all scalars that a part may take, from whole params and state."""
-    known = dict(env)
-    for eqn in part.scalars:
-        args = [known[x] if _is_variable(x) else constant(x) for x in eqn.invars]
-        known.update(zip(eqn.outvars, _equation(eqn, args, False), strict=True))
+    known = fused.evaluate(part.scalars, env)
     return {x: value for x, value in known.items() if not x.aval.shape}
-
-
-def _equation(eqn: Any, args: list[Any], sliced: bool) -> Any:
-    """An equation's results, on slices of one layer where it makes arrays."""
-    aval = eqn.outvars[0].aval
-    if sliced and eqn.primitive is op_p:
-        op = eqn.params["op"]
-        if isinstance(op, Decode):
-            op = dataclasses.replace(op, shape=(1, *op.shape[1:]))
-        return op.whole(*args)
-    variables, values = [], []
-    for x, value in zip(eqn.invars, args, strict=True):
-        if _is_variable(x) and x not in variables:
-            variables.append(x)
-            values.append(value)
-    jaxpr = jaxpr_of(variables, eqn.outvars, [eqn])
-    if sliced and aval.shape:
-        # Elementwise equations take no places.
-        tile = Tile((1, *aval.shape[1:]), None, None)  # pyright: ignore
-        return programs.evaluate(jaxpr, tile, values)
-    return jax.core.eval_jaxpr(jaxpr, (), *values)
-
-
-def _misfit(eqn: Any, layers: int) -> str | None:
-    """Why an equation cannot run on a slice of one layer."""
-    if eqn.primitive is fused.update_p:
-        (program,) = eqn.params["programs"]
-        if len(program.shape) == 1 and program.lanes > 1:
-            return "its codes share scales along the axis of layers"
-        return None
-    if eqn.primitive is op_p:
-        # Others draw random bits, by the place in the whole leaf.
-        op = eqn.params["op"]
-        fits = isinstance(op, Elementwise) or (
-            isinstance(op, Decode)
-            and len(op.shape) > 1
-            or isinstance(op, Within)
-            and len(eqn.invars[0].aval.shape) > 1
-        )
-        return None if fits else "arrays of several shapes meet"
-    reason = programs.misfit(eqn)
-    for x in eqn.outvars:
-        if x.aval.shape and x.aval.shape[:1] != (layers,):
-            return reason or "an array has no axis of layers"
-    return reason
 
 
 def _reduction(eqns: list[Any]) -> str:
@@ -399,7 +309,7 @@ def _reduction(eqns: list[Any]) -> str:
         arrays = any(x.aval.shape for x in eqn.invars)
         if arrays and not any(x.aval.shape for x in eqn.outvars):
             name = eqn.primitive.name
-            return programs.WORDS.get(name, f"{name!r} of a whole gradient")
+            return fused.in_words(eqn, f"{name!r} of a whole gradient")
     return "a scalar is computed from its gradient"
 
 
@@ -446,11 +356,3 @@ class _Owner(NamedTuple):
     param: int | None
     shape: tuple[int, ...] = ()
     dtype: Any = None
-
-
-def _is_variable(x: Any) -> bool:
-    return not isinstance(x, core.Literal)
-
-
-def _variables(atoms: Iterable[Any]) -> list[Any]:
-    return [x for x in atoms if _is_variable(x)]

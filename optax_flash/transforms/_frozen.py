@@ -8,12 +8,10 @@ The traced update shows it: such a result is a constant.
 from typing import Any
 
 import jax
-import jax.core
 import optax
-from jax.extend import core
 
 from optax_flash.fusion import fuse
-from optax_flash.fusion.program import CALLS
+from optax_flash.fusion.jaxprs import callee, evaluate
 from optax_flash.transforms import _init, _mirror
 
 PyTree = Any
@@ -71,28 +69,27 @@ def _is_masked(node: Any) -> bool:
 
 def _zeros(jaxpr: Any, of_operands: list[bool]) -> list[bool]:
     """For each result of a jaxpr, whether it is zeros."""
-    known = {x for x, zero in zip(jaxpr.invars, of_operands, strict=True) if zero}
+    unknown = [False] * len(jaxpr.constvars)
+    return evaluate(jaxpr, of_operands, _zeros_of_equation, unknown, _is_zero)
 
-    def is_zero(x: Any) -> bool:
-        if isinstance(x, core.Literal):
-            return bool((x.val == 0).all() if hasattr(x.val, "all") else x.val == 0)
-        return x in known
 
-    for eqn in jaxpr.eqns:
-        name, operands = eqn.primitive.name, [is_zero(x) for x in eqn.invars]
-        if name in CALLS:
-            inner = eqn.params[CALLS[name]]
-            made = _zeros(getattr(inner, "jaxpr", inner), operands)
-        elif name == "cond":
-            branches = [_zeros(x.jaxpr, operands[1:]) for x in eqn.params["branches"]]
-            made = [all(column) for column in zip(*branches, strict=True)]
-        elif name == "mul":
-            made = [any(operands)]
-        elif name == "div":
-            made = operands[:1]
-        elif name == "select_n":
-            made = [all(operands[1:])]
-        else:
-            made = [name in KEEP_ZERO and operands[0]] * len(eqn.outvars)
-        known.update(x for x, zero in zip(eqn.outvars, made, strict=True) if zero)
-    return [is_zero(x) for x in jaxpr.outvars]
+def _zeros_of_equation(eqn: Any, operands: list[bool]) -> list[bool]:
+    """For each result of an equation, whether it is zeros."""
+    name = eqn.primitive.name
+    if called := callee(eqn):
+        return _zeros(called.jaxpr, operands)
+    if name == "cond":
+        branches = [_zeros(x.jaxpr, operands[1:]) for x in eqn.params["branches"]]
+        return [all(column) for column in zip(*branches, strict=True)]
+    if name == "mul":
+        return [any(operands)]
+    if name == "div":
+        return operands[:1]
+    if name == "select_n":
+        return [all(operands[1:])]
+    return [name in KEEP_ZERO and operands[0]] * len(eqn.outvars)
+
+
+def _is_zero(literal: Any) -> bool:
+    x = literal.val
+    return bool((x == 0).all() if hasattr(x, "all") else x == 0)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import quick
 
 from benchmarks.first_steps import (
     OPTIMIZERS,
@@ -16,6 +15,7 @@ from benchmarks.first_steps import (
     over,
     stored,
 )
+from tests.tiers import quick
 
 CASES = [
     (name, storage)

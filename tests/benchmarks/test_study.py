@@ -13,7 +13,6 @@ import time
 import tomllib
 
 import pytest
-from disks import full_disk
 from rich.console import Console
 
 from benchmarks.study import __main__ as command
@@ -21,6 +20,7 @@ from benchmarks.study.definition import DefinitionError, Run, read
 from benchmarks.study.display import duration
 from benchmarks.study.records import POINTS, curve, record, stop_reason
 from benchmarks.study.worker import Job, execute
+from tests.disks import full_disk
 
 pytestmark = pytest.mark.full
 

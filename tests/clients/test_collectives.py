@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from clients import problem
 from flax import nnx
 
 import optax_flash
+from tests.clients import problem
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 COLLECTIVE = re.compile(

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from clients import named_arrays, problem
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
+from tests.clients import named_arrays, problem
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clients import problem
 from flax.training import train_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash.flax import TrainState
+from tests.clients import problem
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

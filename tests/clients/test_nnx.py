@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from clients import problem
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash.flax import Optimizer
+from tests.clients import problem
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

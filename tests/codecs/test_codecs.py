@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from tiers import quick
 
 from optax_flash import Affine4, Affine8, Companded4, Companded8, FlashOptim8, get_codec
 from optax_flash.codecs import hashing, nibbles
 from optax_flash.codecs.curves import CURVES
 from optax_flash.codecs.registry import CODECS
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 

@@ -2,8 +2,9 @@
 
 import re
 
-import processes
 import pytest
+
+from tests import processes
 
 SMALL = "--steps 3 --log-every 1 --depth 1 --width 64 --seq-len 32".split()
 EXAMPLE = ["-m", "examples.fsdp.train"]

@@ -7,7 +7,8 @@ import pytest
 from jax.extend import core
 from jax.extend.core import primitives
 
-from optax_flash.fusion import inline, program
+from optax_flash.fusion import program, simplify
+from optax_flash.fusion.jaxprs import CALLS, flat_equations
 from optax_flash.fusion.ops import Tile
 
 # What runs otherwise than its jaxpr says, and is left to XLA.
@@ -55,9 +56,9 @@ def jaxprs(eqn):
 @pytest.mark.parametrize("name", CALLERS)
 def test_what_calls_in_a_trace_is_known(name):
     jaxpr = jax.make_jaxpr(CALLERS[name])(jnp.ones(3)).jaxpr
-    found = {eqn.primitive.name for eqn in program.flat_equations(jaxpr) if jaxprs(eqn)}
-    unknown = found - set(program.CALLS) - LEFT
-    assert not unknown, f"add {unknown} to CALLS of fusion/program.py and inline.py"
+    found = {eqn.primitive.name for eqn in flat_equations(jaxpr) if jaxprs(eqn)}
+    unknown = found - set(CALLS) - LEFT
+    assert not unknown, f"add {unknown} to CALLS of fusion/jaxprs.py"
 
 
 def test_what_jax_lists_is_known():
@@ -67,14 +68,14 @@ def test_what_jax_lists_is_known():
         if name.endswith(("jit_p", "call_p", "remat_p"))
     }
     assert {"jit", "custom_jvp_call", "custom_vjp_call"} <= listed
-    unknown = listed - set(program.CALLS) - LEFT - UNUSED
-    assert not unknown, f"add {unknown} to CALLS of fusion/program.py and inline.py"
+    unknown = listed - set(CALLS) - LEFT - UNUSED
+    assert not unknown, f"add {unknown} to CALLS of fusion/jaxprs.py"
 
 
 def test_inlined_calls_are_calls_of_programs():
-    assert set(inline.CALLS) <= set(program.CALLS)
-    assert primitives.jit_p.name in inline.CALLS
-    assert primitives.closed_call_p.name in inline.CALLS
+    assert set(simplify.INLINED) <= set(CALLS)
+    assert primitives.jit_p.name in simplify.INLINED
+    assert primitives.closed_call_p.name in simplify.INLINED
 
 
 def with_closed_call(f, *args):
@@ -97,11 +98,11 @@ def test_a_closed_call_is_looked_into():
     inner = jax.jit(lambda x, y: (jnp.sin(x) * y, y + 1))
     x, y = jnp.arange(8.0)[None], jnp.ones((1, 8))
     jaxpr = with_closed_call(lambda x, y: (3 * x, *inner(x, y)), x, y)
-    names = [eqn.primitive.name for eqn in program.flat_equations(jaxpr)]
+    names = [eqn.primitive.name for eqn in flat_equations(jaxpr)]
     assert {"sin", "add"} <= set(names)
     call = next(eqn for eqn in jaxpr.eqns if jaxprs(eqn))
     assert program.misfit(call) is None
-    inlined = inline.inline(jaxpr)
+    inlined = simplify.inline(jaxpr)
     assert not any(map(jaxprs, inlined.eqns)) and len(inlined.eqns) == 4
     tile = Tile((1, 8), jnp.arange(8, dtype=jnp.uint32)[None], None)
     for each in (jaxpr, inlined):

@@ -9,13 +9,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash.fusion import fuse
 from optax_flash.fusion.backends import Target, choose, mosaic_tpu
 from optax_flash.fusion.program import whole
 from optax_flash.fusion.tiles import Place, Shard
+from tests.tiers import quick
 
 # Not fused: in fused loops XLA puts multiply-adds in other places of each program.
 NO_FUSION = {"xla_disable_hlo_passes": "fusion"}

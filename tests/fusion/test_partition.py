@@ -11,10 +11,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 from optax_flash.fusion import partition
+from tests.tiers import quick
 
 COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute")
 
@@ -88,6 +88,7 @@ def test_shards_that_end_within_a_group_are_gathered(mesh, shape, spec):
     assert "all-gather" in text
 
 
+@pytest.mark.full
 def test_small_leaves_with_shardings_of_their_own(mesh):
     """They share a kernel, in which each has its own offsets."""
     specs = {"a": P("fsdp"), "b": P(None, "tp"), "c": P("tp", "fsdp"), "d": P()}

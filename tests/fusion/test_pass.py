@@ -12,7 +12,7 @@ import pytest
 
 import optax_flash
 from optax_flash.fusion import fuse
-from optax_flash.fusion.program import flat_equations
+from optax_flash.fusion.jaxprs import flat_equations
 
 SHAPE = (64, 128)
 

@@ -20,12 +20,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend import core
 
 from optax_flash.codecs import arithmetic
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion.backends.base import Target
-from optax_flash.fusion.jaxprs import jaxpr_of, slice_equations
+from optax_flash.fusion.jaxprs import (
+    Jaxpr,
+    JaxprEqn,
+    as_fun,
+    jaxpr_of,
+    slice_equations,
+    variables,
+)
 from optax_flash.fusion.launch import tile_operands
 from optax_flash.fusion.ops import Encode, Tile, op_p
 from optax_flash.fusion.program import Program, Role, evaluate
@@ -66,13 +72,11 @@ def unsupported(program: Program, target: Target | None) -> str | None:
         return "nothing is encoded" if not encodes else "it is encoded in parts"
     stored = 2 * len(encodes[0].params["op"].codecs)
     codes = set(encodes[0].outvars[:stored])
-    used = {
-        x for eqn in program.jaxpr.eqns for x in eqn.invars if isinstance(x, core.Var)
-    }
+    used = {x for eqn in program.jaxpr.eqns for x in variables(eqn.invars)}
     return "codes are computed on" if codes & used else None
 
 
-def _encodes(program: Program) -> list[core.JaxprEqn]:
+def _encodes(program: Program) -> list[JaxprEqn]:
     return [
         eqn
         for eqn in program.jaxpr.eqns
@@ -116,7 +120,7 @@ class _Traced(NamedTuple):
       errors: by the index of a field, the variable of its error.
     """
 
-    jaxpr: core.Jaxpr
+    jaxpr: Jaxpr
     results: list[Any]
     values: list[Any]
     most: list[Any]
@@ -220,7 +224,7 @@ def _steps(
         # An operand that is not read would still be waited for.
         taken = [x for x in known if x in {*needed, *passed}]
         jaxpr = jaxpr_of(taken, wanted, equations)
-        compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+        compute = as_fun(jaxpr)
 
         @_uninlined
         def run(operands: list[Any], *more: Any) -> Any:
@@ -310,7 +314,7 @@ def _after_rounding(
     limits = len(traced.most)
     jaxpr = jaxpr_of([*others, *errors], [x], equations)
 
-    compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    compute = as_fun(jaxpr)
 
     def finish(*args: Any) -> jax.Array:
         *arrays, scales, maxima = args
@@ -329,11 +333,10 @@ def _after_rounding(
 
 def _slice(
     traced: _Traced, wanted: list[Any], known: list[Any]
-) -> tuple[list[core.JaxprEqn], list[Any]]:
+) -> tuple[list[JaxprEqn], list[Any]]:
     """Equations that make variables from known ones, and which of these they read."""
     equations = slice_equations(traced.jaxpr.eqns, wanted, set(known))
-    operands = [x for eqn in equations for x in eqn.invars]
-    read = {x for x in operands if not isinstance(x, core.Literal)} | set(wanted)
+    read = {x for eqn in equations for x in variables(eqn.invars)} | set(wanted)
     return equations, [x for x in known if x in read]
 
 

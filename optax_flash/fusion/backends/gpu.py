@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-from jax.extend import core
 from jax.interpreters import mlir
+
+from optax_flash.fusion.jaxprs import Primitive
 
 
 class Gpu(NamedTuple):
@@ -134,7 +135,7 @@ def _of_mesh(mesh: Any) -> Gpu | None:
     return None
 
 
-kernel_p = core.Primitive("optax_flash_kernel")
+kernel_p = Primitive("optax_flash_kernel")
 kernel_p.multiple_results = True
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
 
-from optax_flash.fusion.jaxprs import CASTS, constant
+from optax_flash.fusion.jaxprs import CASTS, Literal, constant
 
 DTYPES = frozenset("float32 bfloat16 int32 uint32 int16 uint16 int8 uint8 bool".split())
 """Those that can be held."""
@@ -36,9 +35,9 @@ def hold(x: Any) -> Any:
     return x.astype(jnp.float32 if name == "bfloat16" else jnp.int32)
 
 
-def hold_literal(x: core.Literal) -> Any:
+def hold_literal(x: Literal) -> Any:
     """The same of a literal, as NumPy's: a kernel has no constants of its own."""
-    value = constant(x)[()]
+    value = constant(x)
     if value.dtype == _UINT32:
         return value.view(np.int32)
     if value.dtype.kind in "iu":

@@ -18,15 +18,15 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend import core
 
 from optax_flash.codecs import hashing
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion.backends import int32
 from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
+from optax_flash.fusion.jaxprs import callee, evaluate, flat_equations
 from optax_flash.fusion.launch import on_one_unit, once_a_family
 from optax_flash.fusion.ops import Decode, Elementwise, Encode, Within, op_p
-from optax_flash.fusion.program import CALLS, Program, Role, flat_equations
+from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Shard
 
 GROUP = 32
@@ -185,24 +185,15 @@ class _Block(NamedTuple):
         return cls(shape, places, mask)
 
     def evaluate(self, jaxpr: Any, args: list[Any]) -> list[Any]:
-        """A program on this block, all values as :mod:`wide` holds them."""
-        env = dict(zip(jaxpr.invars, args, strict=True))
-
-        def read(x: Any) -> Any:
-            return int32.hold_literal(x) if isinstance(x, core.Literal) else env[x]
-
-        for eqn in jaxpr.eqns:
-            outs = self._equation(eqn, [read(x) for x in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in jaxpr.outvars]
+        """A program on this block, all values as :mod:`int32` holds them."""
+        return evaluate(jaxpr, args, self._equation, literal=int32.hold_literal)
 
     def _equation(self, eqn: Any, args: list[Any]) -> list[Any]:
         name = eqn.primitive.name
         if eqn.primitive is op_p:
             return self._op(eqn, args)
-        if name in CALLS:
-            inner = eqn.params[CALLS[name]]
-            return self.evaluate(getattr(inner, "jaxpr", inner), args)
+        if called := callee(eqn):
+            return self.evaluate(called.jaxpr, args)
         if name == "reduce_max":
             return [_group_maximum(args[0])]
         return [int32.apply(eqn, args, self.shape)]

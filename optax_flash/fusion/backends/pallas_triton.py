@@ -21,6 +21,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
+from optax_flash.fusion.jaxprs import flat_equations
 from optax_flash.fusion.launch import (
     DEFAULT,
     Addresses,
@@ -32,7 +33,7 @@ from optax_flash.fusion.launch import (
     once_a_family,
     plan,
 )
-from optax_flash.fusion.program import Program, flat_equations
+from optax_flash.fusion.program import Program
 from optax_flash.fusion.tiles import Shard, Where
 
 UNSUPPORTED = frozenset({"erf", "round"})

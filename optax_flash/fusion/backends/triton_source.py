@@ -11,9 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from optax_flash.fusion.program import CALLS
+from optax_flash.fusion.jaxprs import (
+    CALLS,
+    Jaxpr,
+    callee,
+    evaluate,
+    is_variable,
+    slice_equations,
+    variables,
+)
 
 HEADER = """\
 import triton
@@ -41,7 +48,7 @@ def add(a, b):
 
 
 Equation = Any
-"""A ``core.JaxprEqn``, whose type does not know that arrays have shapes and dtypes."""
+"""A ``JaxprEqn``, whose type does not know that arrays have shapes and dtypes."""
 
 
 class Unsupported(NotImplementedError):
@@ -103,43 +110,23 @@ class Writer:
         results = self._jaxpr(closed.jaxpr, closed.consts, jax.tree.leaves(names))
         return jax.tree.unflatten(trees[0], results)
 
-    def _jaxpr(self, jaxpr: core.Jaxpr, consts: Any, names: list[str]) -> list[str]:
-        env: dict[Any, str] = dict(zip(jaxpr.invars, names, strict=True))
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = constant(value, var.aval)
+    def _jaxpr(self, jaxpr: Jaxpr, consts: Any, names: list[str]) -> list[str]:
+        known = {*jaxpr.constvars, *jaxpr.invars}
+        needed = slice_equations(jaxpr.eqns, variables(jaxpr.outvars), known)
+        return evaluate(
+            jaxpr.replace(eqns=needed),
+            names,
+            self._equation,
+            [constant(c, x.aval) for c, x in zip(consts, jaxpr.constvars, strict=True)],
+            literal=lambda x: constant(x.val, x.aval),
+        )
 
-        def read(x: Any) -> str:
-            return constant(x.val, x.aval) if isinstance(x, core.Literal) else env[x]
-
-        for eqn in _needed(jaxpr):
-            args = [read(x) for x in eqn.invars]
-            name = eqn.primitive.name
-            if name in CALLS:
-                inner = eqn.params[CALLS[name]]
-                results = self._jaxpr(
-                    getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), args
-                )
-            elif name in _SAME:
-                results = args
-            else:
-                results = [self.assign(_expression(eqn, args))]
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(x) for x in jaxpr.outvars]
-
-
-def _needed(jaxpr: core.Jaxpr) -> list[Equation]:
-    """The equations on which the results depend."""
-    wanted = set(_variables(jaxpr.outvars))
-    eqns = []
-    for eqn in reversed(jaxpr.eqns):
-        if not wanted.isdisjoint(eqn.outvars):
-            eqns.append(eqn)
-            wanted.update(_variables(eqn.invars))
-    return eqns[::-1]
-
-
-def _variables(atoms: Any) -> list[Any]:
-    return [x for x in atoms if not isinstance(x, core.Literal)]
+    def _equation(self, eqn: Equation, args: list[str]) -> list[str]:
+        if called := callee(eqn):
+            return self._jaxpr(called.jaxpr, called.consts, args)
+        if eqn.primitive.name in _SAME:
+            return args
+        return [self.assign(_expression(eqn, args))]
 
 
 def dtype_name(dtype: Any) -> str:
@@ -306,7 +293,7 @@ def _shift(operator: str, signed: bool | None) -> Callable[..., str]:
         amount = _as(y, own, f"tl.uint{bits}")
         text = f"{_as(x, own, other)} {operator} {_as(y, own, other)}"
         text = _as(text, other, own)
-        if isinstance(eqn.invars[1], core.Literal):
+        if not is_variable(eqn.invars[1]):
             return text
         # By all bits or more, Triton leaves the result open and XLA shifts all out.
         most = "0"
