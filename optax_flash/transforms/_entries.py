@@ -108,7 +108,7 @@ def shapes(updates: PyTree, params: PyTree = None) -> list[tuple[int, ...] | Non
     ]
 
 
-class Stands(NamedTuple):
+class InCodes(NamedTuple):
     """An entry in codes: by which codec, and the array that they stand for."""
 
     codec: Codec
@@ -124,7 +124,7 @@ def stored_as(
     shape: tuple[int, ...] | None,
     x: Any,
     scale: Any,
-) -> Stands | None:
+) -> InCodes | None:
     """How the state holds an entry of a param of ``shape``, checked against the rules.
 
     None where it holds the array itself, or nothing.
@@ -148,7 +148,7 @@ def stored_as(
             and scale.dtype == codec.scale_dtype
         )
         if whole and (found == shape or field.factors):
-            return Stands(codec, found, entry.dtype)
+            return InCodes(codec, found, entry.dtype)
         if whole:
             raise other_shape(path, shape, field, found)
     scales = f"{scale.dtype}{list(scale.shape)}" if hasattr(scale, "dtype") else "none"
@@ -194,7 +194,7 @@ class Bundle(NamedTuple):
 
 
 def bundles(
-    stored: list[list[Stands | None]],
+    stored: list[list[InCodes | None]],
     fields: list[Field],
     paths: list[str],
     shapes: list[tuple[int, ...] | None],
@@ -214,7 +214,7 @@ def bundles(
     return found
 
 
-def _bundle(name: str, param: int, entries: list[tuple[int, Stands]]) -> Bundle:
+def _bundle(name: str, param: int, entries: list[tuple[int, InCodes]]) -> Bundle:
     """Of a param's entries of one shape, each with its field."""
     fields, found = zip(*entries, strict=True)
     codecs, shapes, dtypes = zip(*found, strict=True)

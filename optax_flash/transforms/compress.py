@@ -155,12 +155,11 @@ def compress(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "compress")
-        boxed = _init.as_arrays(params)
-        state = init_arrays(_boxes.unboxed(boxed))
+        state = init_arrays(params)
         if _mirror.is_placeholder(params):
             # Which params have scales is not known, so none of them are the params'.
             return state._replace(scales=0, codecs=0)
-        return _boxes.fitted(state, boxed)
+        return state
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
@@ -182,9 +181,6 @@ def compress(
                 f"compress: the state is a {type(state).__name__}, not a "
                 "CompressState. Pass what this transformation's init returned."
             )
-        boxed_updates, boxed_state = updates, state
-        extra_args = _boxes.with_boxed_params(extra_args, params)
-        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         params = _init.as_arrays(_mirror.narrowed(params, updates))
         if params is not None:
@@ -243,12 +239,9 @@ def compress(
         new_updates, new_state = fuse.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
-        return (
-            _boxes.like(new_updates, boxed_updates),
-            _boxes.like(widen(new_state), boxed_state),
-        )
+        return new_updates, widen(new_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _check_compressed_once(inner_state: PyTree) -> None:

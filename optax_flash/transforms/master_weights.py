@@ -136,8 +136,6 @@ def master_weights(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "master_weights")
-        boxed = _init.as_arrays(params)
-        params = _boxes.unboxed(boxed)
         leaves = jax.tree.leaves(params)
         frozen = [False] * len(leaves)
         if any(map(residuals.is_split, leaves)):
@@ -161,7 +159,7 @@ def master_weights(
         state = init_arrays(params)
         if _mirror.is_placeholder(params):
             return state._replace(codecs=0)
-        return _boxes.fitted(state, boxed)
+        return state
 
     def update(
         updates: optax.Updates,
@@ -175,9 +173,6 @@ def master_weights(
                 "master_weights: update needs the params, the residual is a part of "
                 "them. Call update(grads, state, params)."
             )
-        boxed_updates, boxed_state = updates, state
-        extra_args = _boxes.with_boxed_params(extra_args, params)
-        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         given = _mirror.narrowed(params, updates)
         params = _init.as_arrays(given)
@@ -242,16 +237,15 @@ def master_weights(
             names=paths,
             in_place_of="params" if emit_params else "updates",
         )
-        new_state = _boxes.like(widen(new_state), boxed_state)
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
             old = structure.flatten_up_to(given)
             new_updates = structure.unflatten(
                 [FinishedParam(*x) for x in zip(leaves, paths, old, strict=True)]
             )
-        return _boxes.like(new_updates, boxed_updates), new_state
+        return new_updates, widen(new_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 def cast_params(
