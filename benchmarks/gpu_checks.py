@@ -156,7 +156,7 @@ def sample(
 
 def weights(params: PyTree, state: PyTree) -> dict[str, np.ndarray]:
     if isinstance(state, optax_flash.MasterWeightsState):
-        params = optax_flash.master_params(params, state)
+        params = optax_flash.master_params(state, params)
     return {name: np.asarray(x, np.float32) for name, x in params.items()}
 
 

@@ -74,7 +74,7 @@ def state_sharding(
     call = "state_sharding(tx, params, param_sharding)"
     _arguments.check_transformation(tx, (params, param_sharding), call)
     params = _boxes.unboxed(params)
-    state = jax.eval_shape(lambda p: tx.init(p), _shapes(params))
+    state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
     return tree_sharding(state, tx, params, param_sharding)
 
 
@@ -86,7 +86,7 @@ def tree_sharding(
 ) -> PyTree:
     """The same for any tree that holds a state of ``tx``, such as a train state."""
     params = _init.as_arrays(_boxes.unboxed(params))
-    state = jax.eval_shape(lambda p: tx.init(p), _shapes(params))
+    state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
     entries = [
         entry for entry, _, scales in _inside.stored(state) if scales is not None
     ]
@@ -100,8 +100,8 @@ def tree_sharding(
     return _shardings.of_tree(_boxes.unboxed(tree), params, shardings, mesh)
 
 
-def _shapes(params: PyTree) -> PyTree:
-    """Without the types of an explicit mesh, for which init would need its context."""
+def shapes(params: PyTree) -> PyTree:
+    """Shapes alone: the types of an explicit mesh would need its context in init."""
     return jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
     )

@@ -178,7 +178,7 @@ def test_float16_weights_that_overflow(bits, finished, implementation):
     grads = jnp.full(SHAPE, -64.0, jnp.float16).at[:, 32:].set(-1.0)
     params, state = step(params, state, grads)
     assert np.all(np.isposinf(np.asarray(params[:, :32], np.float32)))
-    weights = np.asarray(optax_flash.master_params(params, state))
+    weights = np.asarray(optax_flash.master_params(state, params))
     assert not np.any(np.isfinite(weights[:, :32]))
     np.testing.assert_array_equal(weights[:, 32:], 2.0)
 

@@ -573,14 +573,14 @@ class TestConvergence:
         @jax.jit
         def step(carry, _):
             params, state = carry
-            weights = optax_flash.master_params(params, state)
+            weights = optax_flash.master_params(state, params)
             grads = jax.grad(f)(weights).astype(dtype)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         carry = (params, tx.init(params))
         (params, state), _ = jax.lax.scan(step, carry, length=10_000)
-        weights = optax_flash.master_params(params, state)
+        weights = optax_flash.master_params(state, params)
         np.testing.assert_allclose(weights, goal, atol=0.03)
 
 

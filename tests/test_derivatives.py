@@ -308,7 +308,7 @@ def test_rounding_to_half_precision_goes_straight_through():
     def loss(params):
         half = optax_flash.cast_params(params, jnp.bfloat16)
         state = optax_flash.master_weights(optax.sgd(0.1)).init(half)
-        return jnp.sum(WEIGHT * optax_flash.master_params(half, state))
+        return jnp.sum(WEIGHT * optax_flash.master_params(state, half))
 
     assert distance(jax.grad(loss)(START), WEIGHT) < 1e-2
 

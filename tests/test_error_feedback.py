@@ -190,7 +190,7 @@ def test_master_weights_get_it():
     for i in range(50):
         updates, state = update(gradients(i), state, params)
         params = optax.apply_updates(params, updates)
-    found = optax_flash.master_params(params, state)
+    found = optax_flash.master_params(state, params)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

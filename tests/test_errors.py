@@ -377,13 +377,13 @@ class TestFinishedParams:
 
 def test_master_params_of_a_state_without_residuals():
     with pytest.raises(ValueError, match="0 MasterWeightsStates"):
-        optax_flash.master_params(PARAMS, optax.adam(1e-3).init(PARAMS))
+        optax_flash.master_params(optax.adam(1e-3).init(PARAMS), PARAMS)
 
 
 def test_changed_params_without_a_digest():
     state = master_weights(optax.sgd(0.1)).init(PARAMS)
     with pytest.raises(ValueError, match="track_params=True"):
-        optax_flash.changed_params(PARAMS, state)
+        optax_flash.changed_params(state, PARAMS)
 
 
 def swapped_calls(folder):
@@ -394,8 +394,8 @@ def swapped_calls(folder):
     state, stock_state = tx.init(params), stock.init(float32)
     of, path = optax_flash, folder / "weights"
     with of.Checkpoints(folder, tx, params) as checkpoints:
-        yield "master_params(params, state)", lambda: of.master_params(state, params)
-        yield "changed_params(params, state)", lambda: of.changed_params(state, params)
+        yield "master_params(state, params)", lambda: of.master_params(params, state)
+        yield "changed_params(state, params)", lambda: of.changed_params(params, state)
         call = "set_master_params(state, params, new_weights)"
         yield call, lambda: of.set_master_params(params, state, float32)
         yield call, lambda: of.set_master_params(params, float32, state)
@@ -414,6 +414,18 @@ def swapped_calls(folder):
             call, its_state = "tx.update(grads, state, params)", alone.init(params)
             yield call, functools.partial(alone.update, params, params, its_state)
             yield call, functools.partial(alone.update, its_state, params, params)
+        call = "differentiable(tx, state, params)"
+        yield call, lambda: of.differentiable(tx, params, state)
+        yield call, lambda: of.differentiable(state, tx, params)
+        model = of.release.sequence(of.release.layer("w", lambda w: jnp.sum(w)))
+        call = "train_step(model, tx)"
+        yield call, lambda: of.release.train_step(stock, model)
+        step = of.release.train_step(model, stock)
+        yield "step(params, opt_state, *batch)", lambda: step(stock_state, float32)
+        call = "layer(names, function)"
+        yield call, lambda: of.release.layer(jnp.sum, "w")
+        yield "scan(name, function)", lambda: of.release.scan(jnp.sum, "w")
+        yield "plan(model, optimizer)", lambda: of.plan.plan(stock, float32)
         call = "to_optax_state(tx, state, params)"
         yield call, lambda: of.to_optax_state(tx, params, state)
         yield call, lambda: of.to_optax_state(params, state, tx)

@@ -27,7 +27,7 @@ def test_float32_weights_with_their_residuals(trained, tmp_path):
     params, state = trained
     path = tmp_path / "model.safetensors"
     save_safetensors(path, params, state, metadata={"step": "7"})
-    expected = optax_flash.master_params(params, state)
+    expected = optax_flash.master_params(state, params)
     read = safetensors.numpy.load_file(path)
     assert set(read) == {"layer.kernel", "count"}
     assert read["layer.kernel"].dtype == np.float32
@@ -46,7 +46,7 @@ def test_bfloat16_weights(trained, tmp_path):
     path = tmp_path / "model.safetensors"
     save_safetensors(path, params, state, dtype=jnp.bfloat16, separator="/")
     read = load_safetensors(path, params, separator="/")
-    expected = optax_flash.master_params(params, state)["layer"]["kernel"]
+    expected = optax_flash.master_params(state, params)["layer"]["kernel"]
     assert read["layer"]["kernel"].dtype == jnp.bfloat16
     assert (read["layer"]["kernel"] == expected.astype(jnp.bfloat16)).all()
     save_safetensors(path, params, dtype=None)  # replaces it

@@ -268,7 +268,8 @@ def movement(codec, implementation, size, residual="exact"):
 
         return jax.lax.fori_loop(0, 1000, step, (params, tx.init(params)))
 
-    weights = optax_flash.master_params(*train(params))
+    after, state = train(params)
+    weights = optax_flash.master_params(state, after)
     return np.mean(np.asarray(weights, np.float64) - np.asarray(params, np.float64))
 
 

@@ -174,8 +174,8 @@ def ratios(b2, share, steps=1000):
 def test_matched_correction(b2, share):
     m, v = ratios(b2, share)
     steps = jnp.arange(len(m))
-    c1 = 0.1 + 0.9 * _newton.tracked(0.9**0.5, steps, share)
-    c2 = (1 - b2) + b2 * _newton.tracked(b2**0.25, steps, share) ** 2
+    c1 = 0.1 + 0.9 * _newton.share_reached(0.9**0.5, steps, share)
+    c2 = (1 - b2) + b2 * _newton.share_reached(b2**0.25, steps, share) ** 2
     np.testing.assert_allclose(m / c1, 1, atol=0.05)
     np.testing.assert_allclose(v / c2, 1, atol=0.05)
 

@@ -43,7 +43,7 @@ def test_equals_float32_training(dtype, bits):
     expected, _ = run(inner, weights, grads, 50)
     params, state = run(master_weights(inner, bits), weights.astype(dtype), grads, 50)
     assert params.dtype == dtype
-    got = master_params(params, state)
+    got = master_params(state, params)
     if bits == 32 and dtype == "bfloat16":
         # An update in float32 is exact but for its own last bit.
         np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-7)
@@ -69,7 +69,7 @@ def test_small_steps_are_not_lost(size, finished):
 
     tx = master_weights(constant_step(size), finished=finished)
     (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=1000)
-    moved = np.mean(np.asarray(master_params(params, state) - start))
+    moved = np.mean(np.asarray(master_params(state, params) - start))
     np.testing.assert_allclose(moved, 1000 * size, rtol=0.05)
 
 
@@ -79,7 +79,7 @@ def test_published_residual_loses_them():
     params = jnp.full((64, 64), 1.5, jnp.bfloat16)
     tx = master_weights(constant_step(1e-5), codec="flashoptim")
     params, state = run(tx, params, jnp.zeros_like(params), 1000)
-    np.testing.assert_array_equal(master_params(params, state), 1.5)
+    np.testing.assert_array_equal(master_params(state, params), 1.5)
 
 
 class TestAdditiveUpdates:
@@ -99,7 +99,7 @@ class TestAdditiveUpdates:
         assert updates.dtype == (dtype if dtype == grad_dtype else "float32")
         applied = jax.jit(optax.apply_updates)(params, updates)
         wanted = np.asarray(params, np.float64) + np.asarray(step, np.float64)
-        got = np.asarray(master_params(applied, state), np.float64)
+        got = np.asarray(master_params(state, applied), np.float64)
         # Where the param is within half a unit of the weight, the residual makes it
         # exact (to float32's last bit, or float16's 2**-37); elsewhere it halves the
         # miss at least.
@@ -142,7 +142,7 @@ class TestFromOutside:
         tx = master_weights(optax.sgd(0.01))
         params, state = run(tx, self.params, self.params, 10)
         params = jax.tree.map(lambda p: 3 * p, params)
-        weights = master_params(params, state)
+        weights = master_params(state, params)
         error = np.abs(np.asarray(weights["a"]) - np.asarray(params["a"], np.float32))
         assert np.max(error / np.abs(weights["a"])) <= 2**-8
         np.testing.assert_array_equal(weights["b"], params["b"])
@@ -152,14 +152,14 @@ class TestFromOutside:
         tx = master_weights(optax.sgd(0.01), track_params=True, finished=finished)
         # float32 gradients of which the updates of "b" keep every bit
         params, state = run(tx, self.params, self.params, 3)
-        assert optax_flash.changed_params(params, state) == []
+        assert optax_flash.changed_params(state, params) == []
         other = params["a"].at[3, 5].multiply(2.0)
-        assert optax_flash.changed_params(params | {"a": other}, state) == ["a"]
+        assert optax_flash.changed_params(state, params | {"a": other}) == ["a"]
         swapped = params["b"].at[0].set(0.5).at[1].set(0.25)
         again = params["b"].at[1].set(0.5).at[0].set(0.25)
         both = master_weights(optax.sgd(0.01), track_params=True)
         state = both.init(params | {"b": swapped})
-        assert optax_flash.changed_params(params | {"b": again}, state) == ["b"]
+        assert optax_flash.changed_params(state, params | {"b": again}) == ["b"]
 
     def test_set_master_params(self):
         """Sets weights anew, to float32's last bit, inside any wrapper."""
@@ -169,7 +169,7 @@ class TestFromOutside:
             weights, jnp.bfloat16, keep_float32=lambda path, _: path == "b"
         )
         state = optax_flash.set_master_params(tx.init(params), params, weights)
-        chex.assert_trees_all_equal(master_params(params, state), weights)
+        chex.assert_trees_all_equal(master_params(state, params), weights)
 
 
 def test_float32_params_are_untouched_by_it():
@@ -189,7 +189,7 @@ def test_schedule_free_starts_from_the_weights():
     state = tx.init(params)
     assert state.inner_state.z["w"].dtype == jnp.float32
     params, state = run(tx, params, params, 5)
-    assert np.all(np.asarray(master_params(params, state)["w"]) < 1.0)
+    assert np.all(np.asarray(master_params(state, params)["w"]) < 1.0)
 
 
 def test_a_learning_rate_inside_trains_as_stock_optax_does():
@@ -203,16 +203,17 @@ def test_a_learning_rate_inside_trains_as_stock_optax_does():
     def train(tx, params, weights_of):
         def step(carry, _):
             params, state = carry
-            grads = jax.grad(loss)(weights_of(params, state)).astype(params.dtype)
+            grads = jax.grad(loss)(weights_of(state, params)).astype(params.dtype)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         carry, _ = jax.lax.scan(step, (params, tx.init(params)), length=300)
-        return float(loss(weights_of(*carry)))
+        params, state = carry
+        return float(loss(weights_of(state, params)))
 
     zeros = jnp.zeros((64, 64))
     rate = optax.scale_by_learning_rate(0.01)
-    stock = train(optax.chain(optax.scale_by_adam(), rate), zeros, lambda p, _: p)
+    stock = train(optax.chain(optax.scale_by_adam(), rate), zeros, lambda _, p: p)
     adam8, half = optax_flash.scale_by_adam8(), zeros.astype(jnp.bfloat16)
     inside = train(master_weights(optax.chain(adam8, rate)), half, master_params)
     assert abs(inside / stock - 1) < 0.05, (inside, stock)

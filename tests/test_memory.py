@@ -1,6 +1,7 @@
 """Bytes: claimed from shapes, counted on live arrays, bounded."""
 
 import math
+import sys
 
 import flax.linen as nn
 import jax
@@ -207,3 +208,18 @@ def test_temporaries_on_a_cpu_are_those_of_few_leaves(alias, arrays, shape):
     # there are an update and a correction besides.
     of_a_leaf = (4 * arrays + 1) * math.prod(shape)
     assert memory.temp_size_in_bytes < 2 * of_a_leaf
+
+
+def test_reports_are_plain_text(monkeypatch):
+    """Columns line up, and a total is ruled off; nothing is needed that prints."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    params = {"w": jax.ShapeDtypeStruct((1024, 64), jnp.float32)}
+    report = str(optax_flash.memory_report(optax_flash.adamw8(1e-3), params))
+    title, header, rule, *rows = report.splitlines()
+    assert title == "bytes per parameter"
+    assert set(rule) == {"-"} and rows[-2] == rule
+    assert header.split()[-2:] == ["total", "stock"]
+    assert {len(row) for row in (header, *rows)} == {len(rule)}
+
+    planned = str(optax_flash.plan.plan(params, optax_flash.adamw8(1e-3)))
+    assert "on each device" in planned and "architecture is unknown" in planned

@@ -141,7 +141,7 @@ class TestOtherShapes:
         state = tx.init(params)
         for look in (
             lambda: tx.update(other, state, other),
-            lambda: optax_flash.master_params(other, state),
+            lambda: optax_flash.master_params(state, other),
         ):
             with pytest.raises(
                 ValueError,

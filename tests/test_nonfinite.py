@@ -92,8 +92,8 @@ def test_apply_if_finite_keeps_state_and_weights(bad, make):
     after, state_after = step(params, state, broken)
     chex.assert_trees_all_equal(after, params)
     chex.assert_trees_all_equal(
-        optax_flash.master_params(after, state_after),
-        optax_flash.master_params(params, state),
+        optax_flash.master_params(state_after, after),
+        optax_flash.master_params(state, params),
     )
     for field in ("mu", "nu", "count", "mu_scales", "nu_scales"):
         chex.assert_trees_all_equal(

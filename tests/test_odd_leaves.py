@@ -225,9 +225,9 @@ class TestWholeNumbersUnderMasterWeights:
         assert new["base"].dtype == jnp.int8
         np.testing.assert_array_equal(new["base"], params["base"])
         assert np.all(new["w"] < params["w"])
-        assert master_params(new, after)["base"].dtype == jnp.int8
+        assert master_params(after, new)["base"].dtype == jnp.int8
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-        assert optax_flash.changed_params(new, after) == []
+        assert optax_flash.changed_params(after, new) == []
 
     def test_gradients_without_values(self):
         """jax.grad(allow_int=True) makes float0 of them; finished params take them."""
@@ -285,7 +285,7 @@ def test_float8_params_are_stocks(name, dtype):
     new = optax.apply_updates(params, updates)
     assert new["w"].dtype == dtype
     np.testing.assert_array_equal(new["w"], expected)
-    assert master_params(new, state)["w"].dtype == dtype
+    assert master_params(state, new)["w"].dtype == dtype
     for tx in (master_weights(inner, finished=False), optax_flash.compress(inner)):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         assert updates["w"].dtype == dtype
@@ -364,14 +364,14 @@ class TestFrozen:
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         np.testing.assert_array_equal(new["base"], params["base"])
         assert np.mean(new["w"] < params["w"]) > 0.9
-        weights = master_params(new, after)
+        weights = master_params(after, new)
         assert weights["base"].dtype == jnp.float32
         np.testing.assert_array_equal(weights["base"], params["base"])
-        assert optax_flash.changed_params(new, after) == []
+        assert optax_flash.changed_params(after, new) == []
         other = new | {"w": 2 * new["w"]}
-        assert optax_flash.changed_params(other, after) == ["w"]
+        assert optax_flash.changed_params(after, other) == ["w"]
         again = optax_flash.set_master_params(after, new, weights)
-        chex.assert_trees_all_equal(master_params(new, again), weights)
+        chex.assert_trees_all_equal(master_params(again, new), weights)
 
     def test_what_is_trained_has_its_residual(self):
         """Masks that pass gradients through do not freeze, nor do two optimizers."""

@@ -120,15 +120,15 @@ def test_a_module_under_master_weights(finished, dtype):
         model = apply_updates(model, updates)
         stock_model = apply_updates(stock_model, wanted)
         assert model.frozen is before.frozen and model.activation is jnp.tanh
-    assert optax_flash.changed_params(model, state) == []
-    weights = master_params(model, state)
+    assert optax_flash.changed_params(state, model) == []
+    weights = master_params(state, model)
     assert weights.activation is jnp.tanh and weights.steps == 3
     np.testing.assert_array_equal(weights.frozen, model.frozen.astype(jnp.float32))
     # An update in bfloat16 misses a weight that it brings close to zero.
     atol = 5e-5 if dtype == jnp.bfloat16 and not finished else 1e-7
     np.testing.assert_allclose(weights.weight, stock_model.weight, rtol=1e-6, atol=atol)
     changed = dataclasses.replace(model, frozen=2 * model.frozen)
-    assert optax_flash.changed_params(changed, state) == ["frozen"]
+    assert optax_flash.changed_params(state, changed) == ["frozen"]
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_weights_of_no_params(kind, tmp_path):
     params, tx = EMPTY[kind], TRANSFORMATIONS["finished"]
     state = tx.init(params)
     assert optax_flash.cast_params(params, jnp.bfloat16) == params
-    assert master_params(params, state) == params
+    assert master_params(state, params) == params
     state = optax_flash.set_master_params(state, params, params)
-    assert optax_flash.changed_params(params, state) == []
+    assert optax_flash.changed_params(state, params) == []
     path = tmp_path / "model.safetensors"
     optax_flash.save_safetensors(path, params, state)
     assert optax_flash.load_safetensors(path, params) == params

@@ -156,7 +156,7 @@ def test_unrolled_layers_take_what_is_not_elementwise():
     params = make_params(stacked=False)
     _, *expected = run(ordinary_step(UNROLLED, tx), tx, params, TOKENS, steps=1)
     _, *found = run(release.train_step(UNROLLED, tx), tx, params, TOKENS, steps=1)
-    weights = (optax_flash.master_params(*x) for x in (found, expected))
+    weights = (optax_flash.master_params(s, p) for p, s in (found, expected))
     chex.assert_trees_all_close(*weights, atol=1e-4)
 
 

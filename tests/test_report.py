@@ -187,9 +187,9 @@ def test_steps_are_those_that_the_weights_take(dtype, bits):
     params, state, grads = after_steps(tx, make_params(dtype))
     found = report(tx, state, params, grads)
     updates, new_state = jax.jit(tx.update)(grads, state, params)
-    before = optax_flash.master_params(params, state)
+    before = optax_flash.master_params(state, params)
     params = optax.apply_updates(params, updates)
-    after = optax_flash.master_params(params, new_state)
+    after = optax_flash.master_params(new_state, params)
     for path in params:
         moved = np.asarray(after[path], np.float64) - np.asarray(before[path])
         size = np.sqrt(np.mean(np.square(moved)))

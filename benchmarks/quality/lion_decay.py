@@ -61,7 +61,7 @@ def walk(
         params, state = jax.lax.fori_loop(0, steps, body, (params, state))
         if codec is None:
             return params
-        return optax_flash.master_params(params, state)
+        return optax_flash.master_params(state, params)
 
     return run(params, tx.init(params))["w"]
 

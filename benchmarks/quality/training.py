@@ -136,7 +136,7 @@ class Trainer:
         """At full precision."""
         if self._condition.residual is None:
             return params
-        return optax_flash.master_params(params, state)
+        return optax_flash.master_params(state, params)
 
 
 def study(results: Results, trainers: Iterable[Trainer], seeds: Sequence[int]) -> None:

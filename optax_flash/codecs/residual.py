@@ -281,7 +281,8 @@ def get_residual_codec(
       ValueError: nothing is known by that name, bits other than 24 and 32, or bits that
         are not the codec's.
     """
-    if type(codec) in RESIDUAL_CODECS.values():
+    known = type(codec) in RESIDUAL_CODECS.values()
+    if isinstance(codec, ResidualCodec) and known:
         if bits in (None, codec.bits):
             return codec
         raise ValueError(

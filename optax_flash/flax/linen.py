@@ -174,7 +174,7 @@ class TrainState(train_state.TrainState):
 
         A tree like ``params``.
         """
-        weights = master_params(_trained(self.params), self.opt_state)
+        weights = master_params(self.opt_state, _trained(self.params))
         return _with_trained(self.params, weights)
 
 

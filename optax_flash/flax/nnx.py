@@ -117,4 +117,4 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
     def fp32_params(self, model: M) -> optax.Params:
         """The model's float32 weights, for evaluation and export."""
         params = nnx.as_pure(nnx.state(model, self.wrt))
-        return master_params(params, nnx.as_pure(self.opt_state))
+        return master_params(nnx.as_pure(self.opt_state), params)

@@ -8,7 +8,7 @@ import optax
 
 from optax_flash.codecs.residual import SPLIT_DTYPES
 from optax_flash.io import formats
-from optax_flash.transforms import _arguments, _init, _inside
+from optax_flash.transforms import _arguments, _init, _inside, _mirror
 from optax_flash.transforms import compress as compression
 from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import (
@@ -57,8 +57,8 @@ def to_optax_state(
     params = _init.as_arrays(params)
     expected = jax.eval_shape(lambda p: tx.init(p), params)
     _check_state(expected, _without_carried(state), "The state")
-    if _has_master_weights(state):
-        params = master_params(params, state)
+    if _mirror.nodes(state, MasterWeightsState):
+        params = master_params(state, params)
     return jax.tree.map(_init.like_float32, params), decoded(state)
 
 
@@ -123,7 +123,7 @@ def from_optax_state(
     _check_state(plain, optax_state, "The optax state")
     optax_state = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), optax_state, plain)
     state = _encoded(state, optax_state)
-    if _has_master_weights(state):
+    if _mirror.nodes(state, MasterWeightsState):
         state = set_master_params(state, params, weights)
     return params, state
 
@@ -158,16 +158,9 @@ def _without_carried(state: PyTree) -> PyTree:
     return _inside.map_compressed(lambda x: x._replace(carried=None), state)
 
 
-def _has_master_weights(state: PyTree) -> bool:
-    def is_master(node: Any) -> bool:
-        return isinstance(node, MasterWeightsState)
-
-    return any(map(is_master, jax.tree.leaves(state, is_leaf=is_master)))
-
-
 def _check_state(expected: PyTree, found: PyTree, what: str) -> None:
     """Raises where a state has other leaves, shapes or nodes than it should."""
-    formats.check_leaves(_shapes(found), _shapes(expected), what)
+    formats.check_leaves(_by_path(found), _by_path(expected), what)
     if jax.tree.structure(found) != jax.tree.structure(expected):
         raise ValueError(
             f"{what} is {jax.tree.structure(found)}, not "
@@ -176,6 +169,6 @@ def _check_state(expected: PyTree, found: PyTree, what: str) -> None:
         )
 
 
-def _shapes(tree: PyTree) -> dict[str, str]:
+def _by_path(tree: PyTree) -> dict[str, str]:
     leaves = formats.named_leaves(tree)
     return {path: f"an array {list(jnp.shape(x))}" for path, x in leaves.items()}

@@ -66,7 +66,7 @@ def save_safetensors(
     call = "save_safetensors(path, params, state)"
     _arguments.check_path(path, call)
     _arguments.check_order(state, params, call)
-    weights = params if state is None else master_params(params, state)
+    weights = params if state is None else master_params(state, params)
     if state is None and not without_state:
         _check_whole(params, dtype)
     arrays = {

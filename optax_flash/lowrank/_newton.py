@@ -91,7 +91,7 @@ def newton_step(
     return decay * left + left_step, decay * right + _bounded(right_step, 1 / gain)
 
 
-def tracked(decay: Scalar, steps: jax.Array, share: float) -> jax.Array:
+def share_reached(decay: Scalar, steps: jax.Array, share: float) -> jax.Array:
     r"""How much of a constant target of rank 1 the product has after some steps.
 
     Were each step exact, it would be :math:`1 - (1 - \gamma)^{2n}`. But left begins at

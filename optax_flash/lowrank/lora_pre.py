@@ -195,8 +195,8 @@ def _update_leaf(
         c1, c2 = 1 - b1**count, 1 - b2**count
     else:
         rank, q = mu_right.shape[-2:]
-        c1 = (1 - b1) + b1 * _newton.tracked(decay1, count - 1, rank / q)
-        c2 = (1 - b2) + b2 * _newton.tracked(decay2, count - 1, rank / q) ** 2
+        c1 = (1 - b1) + b1 * _newton.share_reached(decay1, count - 1, rank / q)
+        c2 = (1 - b2) + b2 * _newton.share_reached(decay2, count - 1, rank / q) ** 2
     mu = b1 * _newton.product(mu_left, mu_right) + (1 - b1) * g
     nu = b2 * _newton.product(nu_left, nu_right) ** 2 + (1 - b2) * g**2
     update = (mu / c1) / (jnp.sqrt(nu / c2 + eps_root) + eps)

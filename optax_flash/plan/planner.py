@@ -15,7 +15,7 @@ from optax_flash.plan import activations, models, optimizers, shards
 from optax_flash.plan.devices import DEVICES, Device
 from optax_flash.plan.names import look_up
 from optax_flash.plan.result import Plan
-from optax_flash.transforms import master_weights
+from optax_flash.transforms import _arguments, master_weights
 
 PyTree = Any
 
@@ -82,6 +82,9 @@ def plan(
       >>> plan("llama-3.1-8b", "adamw", "h100-80gb", length=2048).fits
       False
     """
+    if not isinstance(optimizer, str):
+        call = "plan(model, optimizer)"
+        _arguments.check_transformation(optimizer, (model,), call)
     if isinstance(device, str):
         device = look_up("Device", DEVICES, device)
     named = isinstance(optimizer, str)

@@ -71,8 +71,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> dict[str, i
       tx: the transformation.
       params: as :func:`place` gives them.
     """
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    state = jax.eval_shape(lambda p: tx.init(p), shapes)
+    state = jax.eval_shape(lambda p: tx.init(p), sharding.shapes(params))
     shardings = sharding.state_sharding(tx, params)
     counts = Counter({kind: 0 for kind in STATE})
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _arguments, _mirror
 
 PyTree = Any
 
@@ -70,6 +70,7 @@ def layer(names: str | tuple[str, ...], function: Callable[..., Any]) -> Segment
       ...     lambda p, x, tokens: (x * p["norm"] @ p["embed"].T).mean(),
       ... )
     """
+    _arguments.check_function(function, "layer(names, function)")
     alone = isinstance(names, str)
     return Segment((names,) if alone else tuple(names), function, False, alone)
 
@@ -82,6 +83,7 @@ def scan(name: str, function: Callable[..., Any]) -> Segment:
       function: one layer, ``(params, x, *batch) -> x`` with an ``x`` of the same shapes
         and dtypes. ``params`` come without the leading axis.
     """
+    _arguments.check_function(function, "scan(name, function)")
     return Segment((name,), function, True, True)
 
 

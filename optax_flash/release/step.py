@@ -10,7 +10,7 @@ from jax import lax
 
 from optax_flash.release.model import Sequence, places_of
 from optax_flash.release.update import EXACT, Part, Update, evaluate, scalars
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _arguments, _mirror
 
 PyTree = Any
 Step = Callable[..., tuple[Any, Any, Any]]
@@ -46,6 +46,7 @@ def train_step(
       under ``jax.jit(step, donate_argnums=(0, 1))``.
 
     Raises:
+      TypeError: the arguments are swapped.
       ValueError: (the step, while it is traced) an update needs gradients of several
         segments, as a global norm does, or of several layers of a stack; the model's
         names do not fit the params. The message names the param.
@@ -75,7 +76,11 @@ def train_step(
       2602.23349) releases gradients so for 8-bit AdamW.
     """
 
+    _arguments.check_transformation(tx, (model,), "train_step(model, tx)")
+
     def step(params: Any, opt_state: Any, *batch: Any) -> tuple[Any, Any, Any]:
+        call = "step(params, opt_state, *batch)"
+        _arguments.check_order(opt_state, params, call)
         return _Backward(model, tx, per_layer, params, opt_state, batch).run()
 
     return step

@@ -14,9 +14,9 @@ from optax_flash.codecs import groups
 from optax_flash.codecs import residual as weights
 from optax_flash.fusion import fuse
 from optax_flash.reports import table
-from optax_flash.transforms import _arguments, _init, _inside, _mirror
+from optax_flash.transforms import _arguments, _entries, _init, _inside, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
-from optax_flash.transforms.compress import CompressState, in_codes
+from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import MasterWeightsState
 
 Scalars = dict[str, jax.Array]
@@ -149,7 +149,7 @@ def numerics_report(
         leaf
         for node in _inside.ours(state)
         if isinstance(node, CompressState)
-        for leaf in in_codes(node)
+        for leaf in _entries.entries(node)
     ]
     paths, leaves = _mirror.leaf_paths(params), jax.tree.leaves(params)
     residuals = _residuals(state, params)
@@ -185,12 +185,7 @@ def _residuals(state: optax.OptState, params: optax.Params) -> list[Any]:
     leaves = jax.tree.leaves(params)
     residuals: list[Any] = [None] * len(leaves)
 
-    def is_master(node: Any) -> bool:
-        return isinstance(node, MasterWeightsState)
-
-    for node in jax.tree.leaves(state, is_leaf=is_master):
-        if not is_master(node):
-            continue
+    for node in _mirror.nodes(state, MasterWeightsState):
         _mirror.check_mirrors(node.residual, params, "numerics_report: the params")
         for i, r in enumerate(_mirror.entries(node.residual, params)):
             if hasattr(r, "dtype") and weights.is_split(leaves[i]):

@@ -84,6 +84,15 @@ def check_params(params: Any, call: str) -> None:
         )
 
 
+def check_function(function: Any, call: str) -> None:
+    """Raises a TypeError where something else stands in a function's place."""
+    if not callable(function):
+        raise TypeError(
+            f"{function!r} stands where a function should. The arguments may be "
+            f"swapped: call {call}."
+        )
+
+
 def check_path(path: Any, call: str) -> None:
     """Raises a TypeError where something else stands in the place of a path."""
     if not isinstance(path, str | os.PathLike):

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from optax_flash import meshes
-from optax_flash.transforms import _mirror, _shardings
+from optax_flash.transforms import _init, _mirror, _shardings
 
 PyTree = Any
 
@@ -61,10 +61,11 @@ def taken(
     """A transformation of arrays that takes them in boxes, too.
 
     Args:
-      tx: whose state has arrays of other shapes than the params', such as factors.
+      tx: whose state may have arrays of other shapes than the params', such as factors.
     """
 
     def init(params: optax.Params) -> optax.OptState:
+        params = _init.as_arrays(params)
         return fitted(tx.init(unboxed(params)), params)
 
     def update(
@@ -73,6 +74,7 @@ def taken(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        extra_args = with_boxed_params(extra_args, params)
         new_updates, new_state = tx.update(
             *map(unboxed, (updates, state, params)), **extra_args
         )

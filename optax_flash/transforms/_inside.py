@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import optax
 
+from optax_flash.transforms import _entries, _mirror
 from optax_flash.transforms._stored import Stored
-from optax_flash.transforms.compress import CompressState, in_codes
+from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import MasterWeightsState
 
 PyTree = Any
@@ -20,17 +21,18 @@ def is_ours(node: Any) -> bool:
 
 def ours(state: PyTree) -> Iterator[Any]:
     """Our states, outer ones first."""
-    for node in jax.tree.leaves(state, is_leaf=is_ours):
-        if is_ours(node):
-            yield node
-            yield from ours(node.inner_state)
+    for node in _mirror.nodes(state, CompressState, MasterWeightsState):
+        yield node
+        yield from ours(node.inner_state)
 
 
 def stored(state: PyTree) -> Iterator[tuple[Stored, Any, Any]]:
     """How each array is stored, its codes, and its scales; None for a residual's."""
     for node in ours(state):
         if isinstance(node, CompressState):
-            for entry, x in zip(node.codecs.leaves, in_codes(node), strict=True):
+            for entry, x in zip(
+                node.codecs.leaves, _entries.entries(node), strict=True
+            ):
                 yield entry, x.codes, x.scales
         else:
             residuals = jax.tree.leaves(node.residual)

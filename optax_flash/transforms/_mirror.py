@@ -64,6 +64,15 @@ def split_state(
     return [part(path, node) for path, node in nodes], treedef.unflatten
 
 
+def nodes(tree: PyTree, *kinds: type) -> list[Any]:
+    """The outermost nodes of some classes, such as the states of one transformation."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return list(filter(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
+
+
 def entries(tree: PyTree, params: PyTree) -> list[Any]:
     """What a tree that mirrors the params has in the place of each of them."""
     return entries_and_rebuild(tree, params)[0]

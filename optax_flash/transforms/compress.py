@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +13,18 @@ from optax_flash.codecs import hashing
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion import error_feedback as feedbacks
 from optax_flash.fusion import fuse, ops, rounding
-from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
-from optax_flash.transforms._extra_args import with_extra_args
-from optax_flash.transforms._rules import (
-    FACTOR_FIELDS,
-    Codecs,
-    Field,
-    Rules,
-    coded_shape,
-    grouped,
+from optax_flash.transforms import (
+    _arguments,
+    _boxes,
+    _carried,
+    _dtypes,
+    _entries,
+    _init,
+    _mirror,
 )
+from optax_flash.transforms._entries import Bundle
+from optax_flash.transforms._extra_args import with_extra_args
+from optax_flash.transforms._rules import FACTOR_FIELDS, Codecs, Rules
 from optax_flash.transforms._stored import StateCodecs, Stored
 
 PyTree = Any
@@ -154,12 +155,11 @@ def compress(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "compress")
-        boxed = _init.as_arrays(params)
-        state = init_arrays(_boxes.unboxed(boxed))
+        state = init_arrays(params)
         if _mirror.is_placeholder(params):
             # Which params have scales is not known, so none of them are the params'.
             return state._replace(scales=0, codecs=0)
-        return _boxes.fitted(state, boxed)
+        return state
 
     @_init.compiled
     def init_arrays(params: optax.Params) -> CompressState:
@@ -181,9 +181,6 @@ def compress(
                 f"compress: the state is a {type(state).__name__}, not a "
                 "CompressState. Pass what this transformation's init returned."
             )
-        boxed_updates, boxed_state = updates, state
-        extra_args = _boxes.with_boxed_params(extra_args, params)
-        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         params = _init.as_arrays(_mirror.narrowed(params, updates))
         if params is not None:
@@ -198,7 +195,7 @@ def compress(
             state: PyTree,
             params: optax.Params | None,
         ) -> tuple[optax.Updates, PyTree]:
-            shapes = _shapes(updates, params)
+            shapes = _entries.shapes(updates, params)
             inner_state, bundles = _decode(rules, state, updates, paths, shapes)
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
@@ -242,19 +239,13 @@ def compress(
         new_updates, new_state = fuse.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
-        return (
-            _boxes.like(new_updates, boxed_updates),
-            _boxes.like(widen(new_state), boxed_state),
-        )
+        return new_updates, widen(new_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _check_compressed_once(inner_state: PyTree) -> None:
-    def is_compressed(node: Any) -> bool:
-        return isinstance(node, CompressState)
-
-    if any(map(is_compressed, jax.tree.leaves(inner_state, is_leaf=is_compressed))):
+    if _mirror.nodes(inner_state, CompressState):
         raise ValueError(
             "compress: the state would be compressed twice. A transformation inside "
             "is compressed already, as adamw8 and the other aliases are. Remove the "
@@ -271,17 +262,15 @@ def _new_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressSta
       inner_state: the wrapped transformation's.
       params: anything that has their paths and shapes.
     """
-    parts, join = _mirror.split_state(inner_state, params)
-    paths, shapes = _mirror.leaf_paths(params), _shapes(params)
+    columns = _entries.Columns.of(rules, inner_state, params)
+    paths, shapes = _mirror.leaf_paths(params), _entries.shapes(params)
     structure = jax.tree.structure(params)
     # Which leaf of the inner state each entry is, from the leaves' numbers.
     leaves, treedef = jax.tree.flatten(inner_state)
     numbered = treedef.unflatten(map(_numbered, leaves, range(len(leaves))))
     numbers, _ = _mirror.split_state(numbered, params)
     scales, stored = {}, {}
-    for field in rules.fields(parts):
-        mirror = parts[field.part]
-        entries = list(mirror.entries)
+    for field, entries in zip(columns.fields, columns.values, strict=True):
         of_field = [optax.MaskedNode()] * len(entries)
         stored[field.key] = []
         for i, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
@@ -294,11 +283,10 @@ def _new_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressSta
             stored[field.key].append(
                 Stored(path, field.name, codec, x.shape, np.dtype(x.dtype), at)
             )
-        parts[field.part] = mirror.rebuild(entries)
         scales[field.key] = structure.unflatten(of_field)
     return CompressState(
         step=jnp.zeros([], jnp.int32),
-        inner_state=join(_trees(parts)),
+        inner_state=columns.joined(columns.values),
         scales=scales,
         # As jax.tree.leaves has the scales.
         codecs=StateCodecs(tuple(x for key in sorted(stored) for x in stored[key])),
@@ -342,71 +330,15 @@ def encoded(state: CompressState, inner_state: PyTree) -> CompressState:
 def decoded(state: CompressState) -> PyTree:
     """The inner state that a state stands for."""
     leaves, structure = jax.tree.flatten(state.inner_state)
-    carried = _carried_leaves(state)
-    for entry, x in zip(in_codes(state), carried, strict=True):
-        array = _decode_array(entry.codec, entry.shape, entry.codes, entry.scales)
-        leaves[entry.at] = _with_derivative(_dtypes.as_dtype(array, entry.dtype), x)
+    carried = _carried.leaves(state)
+    for entry, x in zip(_entries.entries(state), carried, strict=True):
+        array = _dtypes.as_dtype(entry.decoded(), entry.dtype)
+        leaves[entry.at] = _carried.with_derivative(array, x)
     return structure.unflatten(leaves)
 
 
-class InCodes(NamedTuple):
-    """A leaf of a state that is stored in codes.
-
-    Attributes:
-      name: the param's path and the field, such as ``"decoder/kernel/mu"``.
-      codec: the codec.
-      shape: of the array that the codes stand for.
-      dtype: of that array.
-      at: its place among the leaves of the inner state.
-      codes: what the state holds in the array's place.
-      scales: theirs.
-    """
-
-    name: str
-    codec: Codec
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    at: int
-    codes: jax.Array
-    scales: jax.Array
-
-
-def in_codes(state: CompressState) -> Iterator[InCodes]:
-    """The leaves of a state that are in codes, in the order of its scales."""
-    leaves, scales = jax.tree.leaves(state.inner_state), jax.tree.leaves(state.scales)
-    for entry, scale in zip(state.codecs.leaves, scales, strict=True):
-        codes = leaves[entry.at]
-        # Inside shard_map the codes are those of a shard.
-        shape = coded_shape(entry.codec, codes.shape, entry.shape)
-        yield InCodes(
-            entry.name, entry.codec, shape, entry.dtype, entry.at, codes, scale
-        )
-
-
-class _Bundle(NamedTuple):
-    """Entries of one param that are decoded, and encoded, by one op.
-
-    Attributes:
-      name: the random bits depend on it.
-      param: its index.
-      fields: the indices of the entries' fields.
-      codecs: of each field.
-      shape: of each entry.
-      dtypes: of each entry.
-      arrays: the entries, decoded.
-    """
-
-    name: str
-    param: int
-    fields: tuple[int, ...]
-    codecs: tuple[Codec, ...]
-    shape: tuple[int, ...]
-    dtypes: tuple[np.dtype, ...]
-    arrays: tuple[jax.Array, ...] = ()
-
-
 def _momenta(
-    bundles: list[_Bundle], error_feedback: bool | None
+    bundles: list[Bundle], error_feedback: bool | None
 ) -> dict[int, dict[int, jax.Array]]:
     """Of each field, by param, the arrays whose rounding errors updates make up for."""
     momenta: dict[int, dict[int, jax.Array]] = {}
@@ -474,7 +406,7 @@ def _corrected(
 
 def _encode(
     rules: Rules,
-    bundles: list[_Bundle],
+    bundles: list[Bundle],
     feedback: feedbacks.Feedback,
     inner_state: PyTree,
     updates: PyTree,
@@ -489,12 +421,11 @@ def _encode(
       The state; the inner state that it stands for, as far as feedback asks; and the
       momenta with feedback, by field and param.
     """
-    parts, join = _mirror.split_state(inner_state, updates)
-    fields = rules.fields(parts)
+    columns = _entries.Columns.of(rules, inner_state, updates)
+    fields, values = columns.fields, columns.values
     leaves, structure = jax.tree.flatten(updates)
-    values = [list(parts[field.part].entries) for field in fields]
     decoded = [list(column) for column in values]
-    scales, rebuild = _scales(old, fields, updates)
+    scales, rebuild = _entries.scales_of(old, fields, updates)
     carried: list[list[Any]] = [[None] * len(column) for column in values]
     momenta: dict[int, dict[int, _Rounded]] = {}
     most_of = rounding.apart(_most, zero)
@@ -509,7 +440,7 @@ def _encode(
         op = ops.Encode(codecs, shape, tuple(told), tuple(fed), carries)
         encoded = op(start, hashing.salt(name), *arrays, *most)
         for n, j in enumerate(of_param):
-            carried[j][i] = _derivative_of(arrays[n]) if carries else None
+            carried[j][i] = _carried.derivative_of(arrays[n]) if carries else None
             values[j][i], scales[j][i] = encoded[n], encoded[n + len(of_param)]
         for n, error in zip(told, encoded[2 * len(of_param) :], strict=True):
             j = of_param[n]
@@ -518,20 +449,20 @@ def _encode(
                 momenta.setdefault(j, {})[i] = _Rounded(codecs[n], error)
     state = CompressState(
         step=optax.safe_increment(old.step),
-        inner_state=_rejoined(parts, fields, values, join),
+        inner_state=columns.joined(values),
         scales={
             field.key: rebuilt(entries)
             for field, entries, rebuilt in zip(fields, scales, rebuild, strict=True)
         },
         codecs=old.codecs,
         carried={
-            _carried_key(field): structure.unflatten(entries)
+            _carried.key_of(field): structure.unflatten(entries)
             for field, entries in zip(fields, carried, strict=True)
         }
         if carries
         else None,
     )
-    return state, _rejoined(parts, fields, decoded, join), momenta
+    return state, columns.joined(decoded), momenta
 
 
 def _most(
@@ -550,67 +481,31 @@ def _most(
     return jnp.where(more > 0.0, limit, jnp.inf)
 
 
-def _rejoined(
-    parts: list[Any], fields: list[Field], entries: list[list[Any]], join: Any
-) -> PyTree:
-    """A state of parts, with other entries in its fields."""
-    parts = list(parts)
-    for field, column in zip(fields, entries, strict=True):
-        parts[field.part] = parts[field.part].rebuild(column)
-    return join(_trees(parts))
-
-
-def _scales(
-    state: CompressState, fields: list[Field], updates: PyTree
-) -> tuple[list[list[Any]], list[Any]]:
-    """The scales of each field's entries, and what makes a tree of others."""
-    found = [
-        _mirror.entries_and_rebuild(state.scales[field.key], updates)
-        for field in fields
-    ]
-    return [list(entries) for entries, _ in found], [rebuild for _, rebuild in found]
-
-
-def _shapes(updates: PyTree, params: PyTree = None) -> list[tuple[int, ...] | None]:
-    """The shape of each leaf; None for one that is not real floating.
-
-    The state of such a leaf is not put in codes. Gradients of whole numbers may be
-    floating, so where there are params they must be, too.
-    """
-    leaves, structure = jax.tree.flatten(updates)
-    alike = structure == jax.tree.structure(params)
-    rows = zip(leaves, jax.tree.leaves(params) if alike else leaves, strict=True)
-    return [
-        x.shape if _mirror.is_real(x) and _mirror.is_real(p) else None for x, p in rows
-    ]
-
-
 def _decode(
     rules: Rules,
     state: CompressState,
     updates: optax.Updates,
     paths: list[str],
     shapes: list[tuple[int, ...] | None],
-) -> tuple[PyTree, list[_Bundle]]:
+) -> tuple[PyTree, list[Bundle]]:
     """The state that ``inner`` knows; and what of it is stored in codes."""
-    parts, join = _checked_parts(rules, state, updates)
-    fields = rules.fields(parts)
+    columns = _checked_columns(rules, state, updates)
+    fields, values = columns.fields, columns.values
     structure = jax.tree.structure(updates)
-    values = [list(parts[field.part].entries) for field in fields]
-    scales, _ = _scales(state, fields, updates)
-    carried = [_carried(state, field, structure) for field in fields]
+    scales, _ = _entries.scales_of(state, fields, updates)
+    carried = [_carried.column(state, field, structure) for field in fields]
     stored = [
         [
-            _stored(rules, state.codecs, field, path, shape, x, scale)
-            for path, shape, x, scale in zip(paths, shapes, *columns, strict=True)
+            _entries.stored_as(rules, state.codecs, field, path, shape, x, scale)
+            for path, shape, x, scale in zip(paths, shapes, *of_field, strict=True)
         ]
-        for field, *columns in zip(fields, values, scales, strict=True)
+        for field, *of_field in zip(fields, values, scales, strict=True)
     ]
-    bundles = _bundles(stored, fields, paths, shapes)
+    bundles = _entries.bundles(stored, fields, paths, shapes)
     for k, (_, i, of_param, codecs, shape, dtypes, _) in enumerate(bundles):
-        codes = [columns[j][i] for columns in (values, scales) for j in of_param]
+        codes = [rows[j][i] for rows in (values, scales) for j in of_param]
         arrays = [
-            _dtypes.as_dtype(_with_derivative(x, carried[j][i]), dtype)
+            _dtypes.as_dtype(_carried.with_derivative(x, carried[j][i]), dtype)
             for j, x, dtype in zip(
                 of_param, ops.Decode(codecs, shape)(*codes), dtypes, strict=True
             )
@@ -618,164 +513,24 @@ def _decode(
         bundles[k] = bundles[k]._replace(arrays=tuple(arrays))
         for j, x in zip(of_param, arrays, strict=True):
             values[j][i] = x
-    for field, entries in zip(fields, values, strict=True):
-        parts[field.part] = parts[field.part].rebuild(entries)
-    return join(_trees(parts)), bundles
+    return columns.joined(values), bundles
 
 
-def with_carried(state: CompressState) -> CompressState:
-    """The same state, which carries derivatives from here on."""
-    if state.carried is not None:
-        return state
-    zeros = iter(
-        [
-            _derivative_of(_decode_array(x.codec, x.shape, x.codes, x.scales))
-            for x in in_codes(state)
-        ]
-    )
-
-    def carried(scales: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: None if isinstance(x, optax.MaskedNode) else next(zeros),
-            scales,
-            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-        )
-
-    fields = {key.removesuffix(_SCALES): x for key, x in sorted(state.scales.items())}
-    return state._replace(
-        carried={f"{name}{_CARRIED}": carried(x) for name, x in fields.items()}
-    )
-
-
-def _carried_leaves(state: CompressState) -> list[Any]:
-    """What carries the derivatives of each leaf in codes; None where nothing does."""
-    leaves = jax.tree.leaves(state.carried)
-    return leaves or [None] * len(state.codecs.leaves)
-
-
-_SCALES = "_scales"
-_CARRIED = "_carried"
-
-
-def _carried_key(field: Field) -> str:
-    return f"{field.name}{_CARRIED}"
-
-
-def _carried(state: CompressState, field: Field, structure: Any) -> list[Any]:
-    """What carries the derivatives of a field's entries; None where nothing does."""
-    if state.carried is None:
-        return [None] * structure.num_leaves
-    return structure.flatten_up_to(state.carried[_carried_key(field)])
-
-
-def _derivative_of(x: jax.Array) -> jax.Array:
-    """Zeros whose derivative is the array's, which its codes cannot have."""
-    return ops.Elementwise(_zeros, None, _itself)(x)[0]
-
-
-def _with_derivative(x: jax.Array, carried: jax.Array | None) -> jax.Array:
-    """The array, with the derivative that was carried beside its codes."""
-    if carried is None:
-        return x
-    return ops.Elementwise(_first, None, _sum)(x, carried)[0]
-
-
-def _zeros(static: None, x: jax.Array) -> tuple[jax.Array]:
-    del static
-    return (jnp.zeros_like(x, dtype=jnp.float32),)
-
-
-def _itself(static: None, x: jax.Array) -> tuple[jax.Array]:
-    del static
-    return (x.astype(jnp.float32),)
-
-
-def _first(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
-    del static, carried
-    return (x,)
-
-
-def _sum(static: None, x: jax.Array, carried: jax.Array) -> tuple[jax.Array]:
-    del static
-    return (x + carried,)
-
-
-def _checked_parts(rules: Rules, state: CompressState, updates: optax.Updates) -> Any:
-    """The parts of the state's inner state, if it is one for these updates."""
+def _checked_columns(
+    rules: Rules, state: CompressState, updates: optax.Updates
+) -> _entries.Columns:
+    """The columns of the state's inner state, if it is one for these updates."""
     for scales in state.scales.values():
         _mirror.check_mirrors(scales, updates, "compress: the gradients")
-    parts, join = _mirror.split_state(state.inner_state, updates)
-    keys = {field.key for field in rules.fields(parts)}
+    columns = _entries.Columns.of(rules, state.inner_state, updates)
+    keys = {field.key for field in columns.fields}
     if keys != set(state.scales):
         raise ValueError(
             f"compress: the state has {sorted(state.scales)}, but these codecs store "
             f"{sorted(keys)}. The state was made with other codecs: pass those to "
             "compress, or call init again."
         )
-    return parts, join
-
-
-class _Found(NamedTuple):
-    """An entry in codes: by which codec, and the array that they stand for."""
-
-    codec: Codec
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def _stored(
-    rules: Rules,
-    codecs: StateCodecs,
-    field: Field,
-    path: str,
-    shape: tuple[int, ...] | None,
-    x: Any,
-    scale: Any,
-) -> _Found | None:
-    """How the state holds an entry of a param of ``shape``, checked against the rules.
-
-    None where it holds the array itself, or nothing.
-    """
-    if not hasattr(x, "dtype") or shape is None:
-        return None
-    entry = codecs.by_name.get(f"{path}/{field.name}")
-    codec = rules.codec(field, path)
-    if entry is None:
-        # Inside shard_map shapes are local, so a large array may look small, never the
-        # other way round.
-        small = rules.codec_at_init(field, path, shape, x) is None
-        if x.dtype != jnp.uint8 and small:
-            return None
-    elif codec is not None and grouped(codec, entry.shape) == entry.codec:
-        codec = entry.codec
-        found = coded_shape(codec, x.shape, shape)
-        whole = (
-            x.dtype == jnp.uint8
-            and getattr(scale, "shape", None) == codec.scales_shape(found)
-            and scale.dtype == codec.scale_dtype
-        )
-        if whole and (found == shape or field.factors):
-            return _Found(codec, found, entry.dtype)
-        if whole:
-            raise _other_shape(path, shape, field, found)
-    scales = f"{scale.dtype}{list(scale.shape)}" if hasattr(scale, "dtype") else "none"
-    there = f", made by {entry.codec!r}," if entry else ""
-    raise ValueError(
-        f"compress: '{path}/{field.name}' is stored as {x.dtype}{list(x.shape)} with "
-        f"scales {scales}{there} but a param of shape {list(shape)} under {codec!r} is "
-        "not. The state was made with other codecs, another min_size or other shapes: "
-        "pass those to compress, or call init again."
-    )
-
-
-def _other_shape(
-    path: str, shape: tuple[int, ...], field: Field, of_init: tuple[int, ...]
-) -> ValueError:
-    return ValueError(
-        f"compress: {path!r} has shape {list(shape)}, but {field.name!r} of the state "
-        f"{list(of_init)}. Pass gradients of the shapes of the params that init saw; "
-        "after changing the model call init again."
-    )
+    return columns
 
 
 def _explain(
@@ -784,58 +539,19 @@ def _explain(
     """Raises where gradients and a decoded state cannot be combined by element."""
     if "shape" not in str(error):
         return
-    parts, _ = _mirror.split_state(inner_state, updates)
+    columns = _entries.Columns.of(rules, inner_state, updates)
     paths, leaves = _mirror.leaf_paths(updates), jax.tree.leaves(updates)
-    for field in rules.fields(parts):
+    for field, entries in zip(columns.fields, columns.values, strict=True):
         if field.kind in FACTOR_FIELDS:
             continue
-        rows = zip(paths, leaves, parts[field.part].entries, strict=True)
+        rows = zip(paths, leaves, entries, strict=True)
         for path, u, x in rows:
             try:
                 jnp.broadcast_shapes(jnp.shape(u), getattr(x, "shape", ()))
             except ValueError:
-                raise _other_shape(path, u.shape, field, x.shape) from error
-
-
-def _bundles(
-    stored: list[list[_Found | None]],
-    fields: list[Field],
-    paths: list[str],
-    shapes: list[tuple[int, ...] | None],
-) -> list[_Bundle]:
-    """All entries in codes: a param's, if shaped like it, together; others alone."""
-    bundles = []
-    for i, of_param in enumerate(zip(*stored, strict=True)):
-        present = [(j, entry) for j, entry in enumerate(of_param) if entry]
-        own = shapes[i]
-        alike = [(j, entry) for j, entry in present if entry.shape == own]
-        if alike:
-            bundles.append(_bundle(paths[i], i, alike))
-        for j, entry in present:
-            if entry.shape != own:
-                name = f"{paths[i]}/{fields[j].name}"
-                bundles.append(_bundle(name, i, [(j, entry)]))
-    return bundles
-
-
-def _bundle(name: str, param: int, entries: list[tuple[int, _Found]]) -> _Bundle:
-    """Of a param's entries of one shape, each with its field."""
-    fields, found = zip(*entries, strict=True)
-    codecs, shapes, dtypes = zip(*found, strict=True)
-    return _Bundle(name, param, fields, codecs, shapes[0], dtypes)
+                raise _entries.other_shape(path, u.shape, field, x.shape) from error
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_to_nearest(codec: Codec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return codec.encode(x)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode_array(
-    codec: Codec, shape: tuple[int, ...], codes: jax.Array, scales: jax.Array
-) -> jax.Array:
-    return codec.decode(codes, scales, shape)
-
-
-def _trees(parts: list[Any]) -> list[Any]:
-    return [part.tree if isinstance(part, _mirror.Mirror) else part for part in parts]

@@ -2,8 +2,8 @@
 
 import optax
 
-from optax_flash.transforms import _inside
-from optax_flash.transforms.compress import with_carried
+from optax_flash.transforms import _arguments, _inside
+from optax_flash.transforms._carried import with_carried
 
 
 def differentiable(
@@ -35,6 +35,7 @@ def differentiable(
       The same state, with ``CompressState.carried``.
 
     Raises:
+      TypeError: the arguments are swapped.
       ValueError: the state is not ``tx``'s.
 
     Example:
@@ -52,5 +53,8 @@ def differentiable(
       >>> print(jax.grad(loss_after_training)(params, state)[0, 0])
       0.486
     """
+    call = "differentiable(tx, state, params)"
+    _arguments.check_transformation(tx, (state, params), call)
+    _arguments.check_order(state, params, call)
     _inside.check_made_by(tx, state, params, "differentiable")
     return _inside.map_compressed(with_carried, state)

@@ -123,7 +123,7 @@ def master_weights(
       >>> params = optax.apply_updates(params, updates)
       >>> params["w"]  # too small a step for bfloat16
       Array([1, 1], dtype=bfloat16)
-      >>> optax_flash.master_params(params, state)["w"]
+      >>> optax_flash.master_params(state, params)["w"]
       Array([0.999, 0.999], dtype=float32)
 
     References:
@@ -136,8 +136,6 @@ def master_weights(
 
     def init(params: optax.Params) -> PyTree:
         _mirror.check_arrays(params, "master_weights")
-        boxed = _init.as_arrays(params)
-        params = _boxes.unboxed(boxed)
         leaves = jax.tree.leaves(params)
         frozen = [False] * len(leaves)
         if any(map(residuals.is_split, leaves)):
@@ -161,7 +159,7 @@ def master_weights(
         state = init_arrays(params)
         if _mirror.is_placeholder(params):
             return state._replace(codecs=0)
-        return _boxes.fitted(state, boxed)
+        return state
 
     def update(
         updates: optax.Updates,
@@ -175,9 +173,6 @@ def master_weights(
                 "master_weights: update needs the params, the residual is a part of "
                 "them. Call update(grads, state, params)."
             )
-        boxed_updates, boxed_state = updates, state
-        extra_args = _boxes.with_boxed_params(extra_args, params)
-        updates, state, params = map(_boxes.unboxed, (updates, state, params))
         updates = _init.as_arrays(updates)
         given = _mirror.narrowed(params, updates)
         params = _init.as_arrays(given)
@@ -242,16 +237,15 @@ def master_weights(
             names=paths,
             in_place_of="params" if emit_params else "updates",
         )
-        new_state = _boxes.like(widen(new_state), boxed_state)
         if emit_params:
             leaves = structure.flatten_up_to(new_updates)
             old = structure.flatten_up_to(given)
             new_updates = structure.unflatten(
                 [FinishedParam(*x) for x in zip(leaves, paths, old, strict=True)]
             )
-        return _boxes.like(new_updates, boxed_updates), new_state
+        return new_updates, widen(new_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))
 
 
 def cast_params(
@@ -291,12 +285,12 @@ def cast_params(
     return _mirror.map_with_path(cast, params)
 
 
-def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+def master_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     """The float32 weights that params and residuals stand for.
 
     Args:
-      params: as they came from ``optax.apply_updates`` with the state's update.
       state: a :class:`MasterWeightsState`, or any state that holds one.
+      params: as they came from ``optax.apply_updates`` with the state's update.
 
     Returns:
       A tree like ``params``; float32 for half-precision params, others as they are.
@@ -309,10 +303,10 @@ def master_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       >>> import jax.numpy as jnp, optax, optax_flash
       >>> params = {"w": jnp.ones((2,), jnp.bfloat16)}
       >>> state = optax_flash.master_weights(optax.sgd(0.1)).init(params)
-      >>> optax_flash.master_params(params, state)
+      >>> optax_flash.master_params(state, params)
       {'w': Array([1., 1.], dtype=float32)}
     """
-    _arguments.check_order(state, params, "master_params(params, state)")
+    _arguments.check_order(state, params, "master_params(state, params)")
     found = _find_state(state)
     _check_state(None, found, params)
     return _join(params, found.residual)
@@ -340,7 +334,7 @@ def set_master_params(
       >>> params = optax_flash.cast_params(weights, jnp.bfloat16)
       >>> state = optax_flash.master_weights(optax.sgd(0.1), bits=32).init(params)
       >>> state = optax_flash.set_master_params(state, params, weights)
-      >>> optax_flash.master_params(params, state)
+      >>> optax_flash.master_params(state, params)
       {'w': Array([1.001], dtype=float32)}
     """
     call = "set_master_params(state, params, new_weights)"
@@ -374,7 +368,7 @@ def set_master_params(
     )
 
 
-def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
+def changed_params(state: optax.OptState, params: optax.Params) -> list[str]:
     """Paths of the params that are not those that the last update made.
 
     Needs ``master_weights(track_params=True)``. Compares one number for each param; a
@@ -385,10 +379,10 @@ def changed_params(params: optax.Params, state: optax.OptState) -> list[str]:
       >>> params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
       >>> tx = optax_flash.master_weights(optax.sgd(0.1), track_params=True)
       >>> state = tx.init(params)
-      >>> optax_flash.changed_params(params | {"b": 2 * params["b"]}, state)
+      >>> optax_flash.changed_params(state, params | {"b": 2 * params["b"]})
       ['b']
     """
-    _arguments.check_order(state, params, "changed_params(params, state)")
+    _arguments.check_order(state, params, "changed_params(state, params)")
     found = _find_state(state)
     if found.digest is None:
         raise ValueError(
@@ -650,10 +644,7 @@ def _digest(params: optax.Params, codecs: StateCodecs) -> jax.Array:
 
 
 def _find_state(state: optax.OptState) -> MasterWeightsState:
-    def is_master(node: Any) -> bool:
-        return isinstance(node, MasterWeightsState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_master) if is_master(x)]
+    found = _mirror.nodes(state, MasterWeightsState)
     if len(found) != 1:
         raise ValueError(
             f"The state holds {len(found)} MasterWeightsStates, not one. Wrap the "

@@ -232,7 +232,7 @@ def test_equinox_finished():
     stock = optax.adamw(1e-3)
     updates, _ = stock.update(half, stock.init(params), params)
     expected = optax.apply_updates(half, updates)
-    weights = optax_flash.master_params(ours, state)
+    weights = optax_flash.master_params(state, ours)
     np.testing.assert_allclose(weights.weight, expected.weight, atol=1e-3)
     assert eqx.combine(ours, static).weight.dtype == jnp.bfloat16
 
@@ -367,7 +367,7 @@ class TestKauldron:
         ours, state, _, average = self.run(make(False), half)
         # It is the average of the very params that were trained.
         problem.check_equal(state[1].ema_params, average)
-        weights = optax_flash.master_params(ours, state)
+        weights = optax_flash.master_params(state, ours)
         stock = self.run(optax.adamw(1e-3), start)[0]
         problem.check_close("kauldron, adamw8 additive", weights, stock, start, 0.02)
         with pytest.raises(TypeError, match="finished=False"):

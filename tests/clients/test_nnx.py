@@ -123,7 +123,7 @@ def test_stock_optimizer(name, tmp_path):
     start, stock = stock_run(8, make_stock(*arguments), dtype)
     ours = pure(model)
     if dtype != jnp.float32:
-        ours = optax_flash.master_params(ours, nnx.as_pure(optimizer.opt_state))
+        ours = optax_flash.master_params(nnx.as_pure(optimizer.opt_state), ours)
     problem.check_close(f"nnx.Optimizer, {name}", ours, stock, start, at_most)
 
     # A process that has nothing but the code, on another mesh.
