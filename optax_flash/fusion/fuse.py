@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from optax_flash import meshes
 from optax_flash.codecs import hashing
 from optax_flash.fusion import primitive as leaves
 from optax_flash.fusion import split as splits
@@ -131,7 +132,6 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@_no_garbage_collection()
 def run(
     update: Update,
     updates: PyTree,
@@ -161,6 +161,20 @@ def run(
         leaf.
       TypeError: the update takes values of arrays, and is to be compiled.
     """
+    mesh = meshes.context_of(jax.tree.leaves((updates, state, params)))
+    with _no_garbage_collection(), mesh:
+        return _run(update, updates, state, params, implementation, names, in_place_of)
+
+
+def _run(
+    update: Update,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    implementation: str | None,
+    names: list[str],
+    in_place_of: str,
+) -> tuple[PyTree, PyTree]:
     trace = _trace.get()
     if trace is not None:
         if implementation is not None:
