@@ -1,9 +1,13 @@
-"""How many shards an axis has, and what of a spec an array can have."""
+"""How many shards an axis has, what of a spec an array can have, and known meshes."""
 
+import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+import jax.core
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def shards(mesh: Any, entry: Any) -> int:
@@ -26,3 +30,32 @@ def fitted(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
             for size, entry in zip(shape, entries, strict=True)
         ]
     )
+
+
+def context(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """In which explicit axes are known; arrays made from none of them are not."""
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
+
+
+def context_of(arrays: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """In which one operation after another runs on arrays that are on a mesh.
+
+    On explicit axes a new array has the type of those that it is like, and outside of
+    jit jax does not find the devices for it. Nothing where the mesh is known already,
+    as under ``jax.set_mesh`` or jit.
+    """
+    mesh = None
+    for x in arrays:
+        if isinstance(x, jax.core.Tracer):
+            return contextlib.nullcontext()
+        sharding = getattr(x, "sharding", None)
+        if mesh is None and isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    try:
+        return context(mesh)
+    except ValueError:
+        # Something around is traced, and no mesh can be set.
+        return contextlib.nullcontext()

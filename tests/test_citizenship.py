@@ -1,6 +1,7 @@
 """Every alias against everything that consumes an optax transformation."""
 
 import functools
+import inspect
 import tempfile
 
 import chex
@@ -616,3 +617,48 @@ class TestExplicitMesh:
             assert typeof(new_state) == typeof(state)
             assert typeof(updates) == typeof(params)
             assert typeof(jax.jit(tx.init)(params)) == typeof(state)
+
+
+def cycle(function, above=()):
+    """Names of functions on a way from a function back to itself, by closures."""
+    if function in above:
+        return [x.__qualname__ for x in above[above.index(function) :]]
+    cells = getattr(function, "__closure__", None) or ()
+    for value in jax.tree.leaves([cell.cell_contents for cell in cells]):
+        if inspect.isfunction(value) or inspect.ismethod(value):
+            found = cycle(value, (*above, function))
+            if found:
+                return found
+    return []
+
+
+def everything():
+    """Every transformation that the library exports, by name."""
+    inner = optax.adamw(0.01)
+    made = ALL | {
+        "compress": lambda: optax_flash.compress(inner),
+        "master_weights": lambda: optax_flash.master_weights(inner),
+        "tame": lambda: optax_flash.tame(1.0),
+        "scale_by_lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(4),
+        "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(4),
+        "scale_by_lora_pre_muon": lambda: optax_flash.scale_by_lora_pre_muon(4),
+    }
+    return {name: make() for name, make in made.items()}
+
+
+def test_no_function_is_in_its_own_closure():
+    # Equinox, and Optimistix with it, walks the closures of what it is given.
+    for name, tx in everything().items():
+        assert not cycle(tx.init), name
+        assert not cycle(tx.update), name
+
+
+def test_optimistix_takes_low_rank_moments():
+    optimistix = pytest.importorskip("optimistix")
+    tx = optax_flash.lowrank_adamw(0.05, rank=4)
+    solver = optimistix.OptaxMinimiser(tx, rtol=1e-3, atol=1e-3)
+    start = jax.random.normal(jax.random.key(2), (64, 128))
+    solution = optimistix.minimise(
+        lambda y, args: jnp.mean((y - 1) ** 2), solver, start, max_steps=60, throw=False
+    )
+    assert jnp.mean((solution.value - 1) ** 2) < 0.5 * jnp.mean((start - 1) ** 2)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_flash import meshes
 from optax_flash.codecs import hashing
 from optax_flash.fusion import backends, parts, untraced
 from optax_flash.fusion import split as splits
@@ -146,6 +147,19 @@ def run(
         leaf.
       TypeError: the update takes values of arrays, and is to be compiled.
     """
+    with meshes.context_of(jax.tree.leaves((updates, state, params))):
+        return _run(update, updates, state, params, implementation, names, in_place_of)
+
+
+def _run(
+    update: Update,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    implementation: str | None,
+    names: list[str],
+    in_place_of: str,
+) -> tuple[PyTree, PyTree]:
     around = _around.get()
     if isinstance(around, _Trace):
         if implementation is not None:

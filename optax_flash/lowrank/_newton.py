@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash.lowrank import _factors
 
@@ -204,11 +205,15 @@ def _contract(subscripts: str, a: jax.Array, b: jax.Array, precision: Any) -> ja
         for letter, entry in zip(letters, (row, column), strict=True):
             axes[letter] = axes.get(letter) or entry
     spec = (*batch, *(axes[letter] for letter in output))
+    known = (jax.typeof(x).sharding.mesh for x in (a, b))
+    mesh = next((mesh for mesh in known if not mesh.empty), None)
     named = any(entry is not None for entry in (*spec, *axes.values()))
+    # With its mesh: a spec alone is known under jax.set_mesh only.
+    sharding = NamedSharding(mesh, PartitionSpec(*spec)) if mesh and named else None
     return jnp.einsum(
         ",".join(f"...{x}" for x in inputs.split(",")) + f"->...{output}",
         a,
         b,
         precision=precision,
-        out_sharding=jax.sharding.PartitionSpec(*spec) if named else None,
+        out_sharding=sharding,
     )

@@ -211,8 +211,16 @@ def scale_by_lowrank_adam(
         """New factors of a moment, with their basis on its shorter side."""
         if _is_tall(moment):
             lying = jnp.swapaxes(moment, -2, -1)
-            right, left = factors(name, count, lying, right, left)
+            right, left = factors_of_lying(name, count, lying, right, left)
             return left, right
+        return factors_of_lying(name, count, moment, left, right)
+
+    # Not by recursion: a function in its own closure is a cycle, and Equinox walks
+    # the closures of the transformations that it is given.
+    def factors_of_lying(
+        name: str, count: Any, moment: jax.Array, left: jax.Array, right: jax.Array
+    ) -> Factors:
+        """The same of one that is no taller than wide."""
         if strategy == "online":
             return _subspace.tracked(moment, left)
         *batch, p, q = moment.shape

@@ -1,6 +1,5 @@
 """Making an optimizer state without its uncompressed form ever being in memory."""
 
-import contextlib
 import functools
 import numbers
 from collections.abc import Callable
@@ -10,8 +9,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
+from optax_flash import meshes
 from optax_flash.fusion import untraced
 from optax_flash.transforms import _shardings
 
@@ -48,19 +47,13 @@ def compiled(init: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
             # A state of zeros does not depend on the params, so jit would not follow.
             with jax.default_device(next(iter(leaves[0].devices()))):
                 return jax.jit(init)(params)
-        with _context(shardings[0].mesh):
+        with meshes.context(shardings[0].mesh):
             # A new function each time: a cached trace would not run init again.
             state = jax.eval_shape(lambda p: init(p), params)
             out = _shardings.of_tree(state, params, shardings, shardings[0].mesh)
             return jax.jit(init, out_shardings=out)(params)
 
     return wrapped
-
-
-def _context(mesh: Any) -> contextlib.AbstractContextManager[Any]:
-    """In which explicit axes are known; arrays made from none of them are not."""
-    explicit = AxisType.Explicit in mesh.axis_types
-    return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
 
 
 def as_arrays(tree: PyTree) -> PyTree:
