@@ -64,7 +64,7 @@ def test_results_take_the_place_of_their_like(dtype):
     """An update in float32 has no room where a gradient in bfloat16 was."""
     tx, params, grads = optax_flash.adamw8(1e-3), params_of("a"), params_of("a")
     grads = jax.tree.map(lambda g: g.astype(dtype), grads)
-    with run.watch() as leaves:
+    with fuse.watch() as leaves:
         jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, params), params)
     ((leaf, _),) = leaves
     jaxpr, donors = leaf.program.jaxpr, leaf.program.donors
