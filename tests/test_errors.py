@@ -1,6 +1,7 @@
 """Bad input: each error names the leaf, what was found and the way out."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -456,6 +457,16 @@ def test_swapped_arguments(tmp_path):
             swapped()
             pytest.fail(f"{call} takes swapped arguments")
         assert f"all {call}." in str(raised.value), (call, raised.value)
+
+
+def test_arguments_stand_in_one_order():
+    """tx, state, params, gradients; where a state may be left out, it is behind."""
+    order = ("tx", "state", "optax_state", "params", "weights", "grads")
+    for name, function in vars(optax_flash).items():
+        if not inspect.isfunction(function) or name == "save_safetensors":
+            continue
+        found = [x for x in inspect.signature(function).parameters if x in order]
+        assert found == sorted(found, key=order.index), name
 
 
 def test_what_is_no_transformation():
