@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick
 
 import optax_flash
 
 SHAPE = (64, 64)
 
 
-@pytest.fixture(params=["xla", "interpret"], name="implementation")
+@pytest.fixture(params=quick(["xla"], ["xla", "interpret"]), name="implementation")
 def implementation_fixture(request):
     return request.param
 
@@ -58,16 +59,19 @@ def signs(shape=SHAPE):
 
 @pytest.mark.parametrize(
     "shape, codecs",
-    [
-        ((2048, 3), None),
-        ((4096, 1), None),
-        ((64, 80), optax_flash.Companded8(group=128)),
-        ((4, 32, 33), optax_flash.Companded8(group=64)),
-        ((100, 60), "affine8"),
-        ((2048, 3), "companded4"),
-        ((4096, 1), "companded4"),
-        ((64, 81), optax_flash.Companded4(group=128)),
-    ],
+    quick(
+        [((2048, 3), "companded4"), ((64, 80), optax_flash.Companded8(group=128))],
+        [
+            ((2048, 3), None),
+            ((4096, 1), None),
+            ((64, 80), optax_flash.Companded8(group=128)),
+            ((4, 32, 33), optax_flash.Companded8(group=64)),
+            ((100, 60), "affine8"),
+            ((2048, 3), "companded4"),
+            ((4096, 1), "companded4"),
+            ((64, 81), optax_flash.Companded4(group=128)),
+        ],
+    ),
 )
 def test_groups_longer_than_the_row(shape, codecs, implementation):
     """Each row is a group by itself, as large as its largest element."""

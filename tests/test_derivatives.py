@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiers import quick
 
 import optax_flash
 
@@ -117,21 +118,19 @@ def rate(name):
     return jnp.float32(1e-2)
 
 
-def test_they_are_those_of_stock_optax_within_one_percent():
-    failures = []
-    for case, (name, make, dtype) in CASES.items():
-        lr = rate(name)
-        found, stock = (
-            gradient(lambda p, lr, make=make: train(make, p, lr), start, lr)
-            for make, start in ((make, START.astype(dtype)), (STOCK[name], START))
-        )
-        errors = [distance(*pair) for pair in zip(found, stock, strict=True)]
-        # In 4 bits momenta lag, which error feedback makes up for in the values. So the
-        # derivative by the rate, minus the sum of directions, is up to 3 % smaller.
-        by_rate = 0.03 if case.endswith("4") else 0.01
-        if errors[0] > 0.01 or errors[1] > by_rate:
-            failures.append(f"{case}: {errors}")
-    assert not failures, failures
+@pytest.mark.parametrize("case", quick(["sgd8", "adam4", "finished"], CASES))
+def test_they_are_those_of_stock_optax_within_one_percent(case):
+    name, make, dtype = CASES[case]
+    lr = rate(name)
+    found, stock = (
+        gradient(lambda p, lr, make=make: train(make, p, lr), start, lr)
+        for make, start in ((make, START.astype(dtype)), (STOCK[name], START))
+    )
+    errors = [distance(*pair) for pair in zip(found, stock, strict=True)]
+    # In 4 bits momenta lag, which error feedback makes up for in the values. So the
+    # derivative by the rate, minus the sum of directions, is up to 3 % smaller.
+    by_rate = 0.03 if case.endswith("4") else 0.01
+    assert errors[0] <= 0.01 and errors[1] <= by_rate
 
 
 @pytest.mark.full
@@ -154,7 +153,7 @@ def test_at_the_values_of_the_run_they_are_exact():
     assert not failures, failures
 
 
-@pytest.mark.parametrize("case", ["sgd8", "finished"])
+@pytest.mark.parametrize("case", quick(["sgd8"], ["sgd8", "finished"]))
 def test_forward_reverse_and_batched_agree(case):
     _, make, dtype = CASES[case]
     start = START.astype(dtype)
@@ -201,7 +200,7 @@ def carrying(make):
     return loss
 
 
-@pytest.mark.parametrize("case", ["sgd8", "adam4", "finished"])
+@pytest.mark.parametrize("case", quick(["finished"], ["sgd8", "adam4", "finished"]))
 def test_a_state_that_carries_them_works_inside_of_scan(case):
     name, make, dtype = CASES[case]
     start = START.astype(dtype), rate(name)

@@ -141,7 +141,10 @@ class TestOracles:
 
     @pytest.mark.parametrize(
         "strategy, mu_factor, nu_factor",
-        [("randomized", 1.1, 1.2), ("online", 1.1, 1.4), ("periodic", 1.6, 4.5)],
+        quick(
+            [("randomized", 1.1, 1.2)],
+            [("randomized", 1.1, 1.2), ("online", 1.1, 1.4), ("periodic", 1.6, 4.5)],
+        ),
     )
     def test_near_exact_truncation(self, strategy, mu_factor, nu_factor):
         """Low rank and noise: close to the same steps with an exact decomposition.
@@ -187,6 +190,7 @@ class TestOracles:
             assert np.max(np.abs(u)) <= corrected * (1 + 1e-3)
 
 
+@pytest.mark.full
 class TestUnsoundSketch:
     """Averaging the factors of successive decompositions, as one might think of it."""
 
