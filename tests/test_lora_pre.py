@@ -337,6 +337,7 @@ def test_factors_are_in_8_bit_codes_unless_codecs_say_otherwise(alias):
             assert optax.tree.get(state, field)["k"].dtype == dtype
 
 
+@pytest.mark.full
 def test_codes_follow_the_average():
     """Codes add less than a fifth to the error that a rank of 8 makes."""
     rng = np.random.default_rng(0)
