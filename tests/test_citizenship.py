@@ -456,6 +456,7 @@ class TestWrappers:
         with pytest.raises(ValueError, match="hyperparam_dtype=jnp.float32"):
             tx.init(make_params("bfloat16"))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("dtype", quick(["bfloat16"], ["float32", "bfloat16"]))
     def test_multi_steps(self, make_inner, dtype):
         """Two half batches make the step of their mean."""

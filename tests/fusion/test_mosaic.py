@@ -119,6 +119,7 @@ def test_equals_xla_for_any_optimizer(name):
     assert_same_bits(on_tpu(program, operands), expected)
 
 
+@pytest.mark.full
 def test_a_shard_draws_the_bits_of_its_place():
     program = program_of(optax.adamw(1e-2), (4, 16, 256), 24)
     operands = operands_of(program)
