@@ -140,6 +140,7 @@ class TestContract:
     def test_preserves_dtypes_shapes_and_state(self, make):
         self.check_update(make, "bfloat16")
 
+    @pytest.mark.full
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_preserves_other_dtypes(self, make_typical, dtype):
         self.check_update(make_typical, dtype)
@@ -157,7 +158,7 @@ class TestContract:
     # Adam's bias correction is optax's, which raises Python's floats to the power of a
     # count.
     @pytest.mark.usefixtures("strict_types")
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", quick(["bfloat16"], ["float32", "bfloat16"]))
     @pytest.mark.parametrize("name", WITHOUT_ADAM)
     def test_nothing_is_promoted_unasked(self, name, dtype):
         self.check_update(OPTIMIZERS[name], dtype)
@@ -221,6 +222,7 @@ class TestContract:
     def test_cond_and_scan_keep_the_carry(self, make):
         self.check_carry(make, "bfloat16")
 
+    @pytest.mark.full
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_cond_and_scan_keep_the_carry_of_other_dtypes(self, make_typical, dtype):
         self.check_carry(make_typical, dtype)
@@ -242,6 +244,11 @@ class TestContract:
         (state, new_params), _ = jax.lax.scan(body, carry, jnp.array([True, False]))
         assert_same_avals((state, new_params), carry)
 
+    @pytest.mark.parametrize(
+        "make_typical",
+        quick(["adamw8", "master_weights_24"], REPRESENTATIVES),
+        indirect=True,
+    )
     def test_vmap(self, make_typical):
         """A stack of models: each gets what it would get alone."""
         tx = make_typical()
@@ -450,6 +457,7 @@ class TestWrappers:
         with pytest.raises(ValueError, match="hyperparam_dtype=jnp.float32"):
             tx.init(make_params("bfloat16"))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("dtype", quick(["bfloat16"], ["float32", "bfloat16"]))
     def test_multi_steps(self, make_inner, dtype):
         """Two half batches make the step of their mean."""
@@ -497,6 +505,7 @@ class TestWrappers:
         chex.assert_tree_all_finite(healed)
         assert not np.array_equal(healed["kernel"], params["kernel"])
 
+    @pytest.mark.full
     def test_lookahead(self, make_inner):
         for reset in (False, True):
             tx = optax.lookahead(make_inner(), 2, 0.5, reset_state=reset)

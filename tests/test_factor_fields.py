@@ -397,6 +397,7 @@ class TestSharding:
         expected = NamedSharding(mesh, P(None, "fsdp"))
         assert scales.sharding.is_equivalent_to(expected, 2)
 
+    @pytest.mark.full
     @pytest.mark.parametrize("codec", ["companded8", "companded4"])
     def test_a_sharded_run_equals_one_on_a_single_device(self, mesh, codec):
         def place(tree):

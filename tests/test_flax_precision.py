@@ -409,6 +409,7 @@ class TestChoice:
             Optimizer(Small(), **kwargs)
 
 
+@pytest.mark.full
 def test_norms_are_trained_as_in_stock_flax():
     """Bit for bit what optax makes of float32 params, gains and biases alike."""
     params = linen_params(Layers())

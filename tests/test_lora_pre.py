@@ -135,7 +135,9 @@ def test_noise_is_tracked_nearly_as_well_as_the_best_truncation():
     assert best < found < 1.2 * best
 
 
-@pytest.mark.parametrize("scale", [2.0**-10, 2.0**-20, 2.0**-27, 2.0**10])
+@pytest.mark.parametrize(
+    "scale", quick([2.0**-20], [2.0**-10, 2.0**-20, 2.0**-27, 2.0**10])
+)
 def test_gradient_scale_does_not_matter(scale):
     """Powers of two go through bit for bit, but for what underflows."""
     grads = [normal((32, 48), seed).astype(np.float32) for seed in range(10)]
@@ -341,6 +343,7 @@ def test_factors_are_in_8_bit_codes_unless_codecs_say_otherwise(alias):
             assert optax.tree.get(state, field)["k"].dtype == dtype
 
 
+@pytest.mark.full
 def test_codes_follow_the_average():
     """Codes add less than a fifth to the error that a rank of 8 makes."""
     rng = np.random.default_rng(0)

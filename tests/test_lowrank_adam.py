@@ -139,6 +139,7 @@ class TestOracles:
         _, state = run(make(6), grads)
         assert relative_error(moment(state), average(grads, 0.9)) < 1e-5
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "strategy, mu_factor, nu_factor",
         quick(
@@ -396,6 +397,7 @@ def params_of(dtype=jnp.float32, seed=0):
 
 
 class TestComposes:
+    @pytest.mark.full
     def test_under_wrappers(self, alias):
         """Structures and dtypes hold; what is dense is in codes."""
         params, grads = params_of(jnp.bfloat16), params_of(jnp.bfloat16, 1)
@@ -468,17 +470,21 @@ class TestComposes:
 
 
 @pytest.mark.parametrize(
-    "strategy, spec",
-    [
-        ("randomized", P("a", "b")),
-        ("periodic", P("a", "b")),
-        ("online", P("a", "b")),
-        ("online", P(None, "b")),
-        ("online", P(("a", "b"))),
-    ],
+    "strategy, spec, kind",
+    quick(
+        [("randomized", P("a", "b"), AxisType.Explicit)],
+        [
+            ("randomized", P("a", "b"), AxisType.Auto),
+            ("randomized", P("a", "b"), AxisType.Explicit),
+            ("periodic", P("a", "b"), AxisType.Auto),
+            ("periodic", P("a", "b"), AxisType.Explicit),
+            ("online", P("a", "b"), AxisType.Auto),
+            ("online", P(None, "b"), AxisType.Explicit),
+            ("online", P(("a", "b")), AxisType.Auto),
+        ],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_equals_single_device(strategy, spec, kind):
     make = functools.partial(
         optax_flash.scale_by_lowrank_adam,

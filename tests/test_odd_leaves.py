@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.linen import fp8_ops
+from tiers import quick
 
 import optax_flash
 from optax_flash import master_params, master_weights
@@ -91,8 +92,16 @@ MIXED = {"w": normal(0), "c": COMPLEX, "i": jnp.arange(4096, dtype=jnp.int32)}
 MIXED_GRADS = {"w": normal(1), "c": COMPLEX[::-1], "i": jnp.ones(4096, jnp.int32)}
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "sgd", "rmsprop"])
-@pytest.mark.parametrize("codecs", ["companded8", "companded4"])
+@pytest.mark.parametrize(
+    "name, codecs",
+    quick(
+        [("adamw", "companded8"), ("sgd", "companded4")],
+        [
+            *(("adamw", codecs) for codecs in ("companded8", "companded4")),
+            *((name, "companded4") for name in ("adam", "lion", "sgd", "rmsprop")),
+        ],
+    ),
+)
 def test_complex_and_integer_leaves_are_stocks(name, codecs):
     """Beside a leaf in codes, with and without error feedback, jitted and not."""
     settings = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
@@ -152,7 +161,7 @@ def test_bytes_of_params_are_not_taken_for_codes(dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["tamed", "lora_pre", "lowrank", "muon"], ids=lambda name: name
+    "name", quick(["tamed"], ["tamed", "lora_pre", "lowrank", "muon"])
 )
 def test_complex_params_of_our_own_mathematics(name):
     """What is not factored is Adam's, and Adam takes complex numbers."""
@@ -264,8 +273,14 @@ class TestWholeNumbersUnderMasterWeights:
         chex.assert_trees_all_equal(loaded, weights)
 
 
-@pytest.mark.parametrize("dtype", FLOAT8)
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+# The first with both.
+@pytest.mark.parametrize(
+    "name, dtype",
+    quick(
+        [("sgd", FLOAT8[0])],
+        [*(("sgd", x) for x in FLOAT8), ("adam", FLOAT8[0]), ("adamw", FLOAT8[1])],
+    ),
+)
 def test_float8_params_are_stocks(name, dtype):
     """The sum of param and update, in float32, rounded to nearest."""
     params = {"w": normal(0).astype(dtype), "half": normal(1, dtype=jnp.bfloat16)}
@@ -323,31 +338,32 @@ class TestFrozen:
             {"frozen": optax.set_to_zero(), "trained": trained}, labels or self.labels
         )
 
+    WAYS = {
+        "alone": lambda self, tx: self.frozen(tx),
+        "after": lambda self, tx: optax.chain(optax.clip(1.0), self.frozen(tx)),
+        "before": lambda self, tx: optax.chain(self.frozen(tx), optax.scale(0.5)),
+        "masked": lambda self, tx: optax.chain(
+            tx, optax.masked(optax.set_to_zero(), {"base": True, "w": False})
+        ),
+        "finite": lambda self, tx: optax.apply_if_finite(self.frozen(tx), 3),
+        "MultiSteps": lambda self, tx: optax.MultiSteps(self.frozen(tx), 2),
+        "injected": lambda self, tx: optax.inject_hyperparams(
+            lambda learning_rate: self.frozen(optax_flash.adamw8(learning_rate)),
+            hyperparam_dtype=jnp.float32,
+        )(1e-2),
+    }
+
     @pytest.mark.parametrize("finished", [False, True])
-    @pytest.mark.parametrize(
-        "freeze",
-        [
-            lambda self, tx: self.frozen(tx),
-            lambda self, tx: optax.chain(optax.clip(1.0), self.frozen(tx)),
-            lambda self, tx: optax.chain(self.frozen(tx), optax.scale(0.5)),
-            lambda self, tx: optax.chain(
-                tx, optax.masked(optax.set_to_zero(), {"base": True, "w": False})
-            ),
-            lambda self, tx: optax.apply_if_finite(self.frozen(tx), 3),
-            lambda self, tx: optax.MultiSteps(self.frozen(tx), 2),
-            lambda self, tx: optax.inject_hyperparams(
-                lambda learning_rate: self.frozen(optax_flash.adamw8(learning_rate)),
-                hyperparam_dtype=jnp.float32,
-            )(1e-2),
-        ],
-    )
-    def test_no_residual(self, freeze, finished):
+    @pytest.mark.parametrize("way", quick(["alone"], WAYS))
+    def test_no_residual(self, way, finished):
         params = {
             "base": normal(0, dtype=jnp.bfloat16),
             "w": normal(1, dtype=jnp.bfloat16),
         }
         tx = master_weights(
-            freeze(self, optax_flash.adamw8(1e-2)), finished=finished, track_params=True
+            self.WAYS[way](self, optax_flash.adamw8(1e-2)),
+            finished=finished,
+            track_params=True,
         )
         state = tx.init(params)
         assert state.residual["base"] == optax.MaskedNode()

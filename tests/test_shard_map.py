@@ -83,6 +83,7 @@ def shard(x, spec, device):
     return x
 
 
+@pytest.mark.full
 def test_each_shard_is_updated_as_if_it_were_alone(mesh):
     """With the checks, replicated params must be known to stay replicated."""
 

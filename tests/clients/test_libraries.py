@@ -154,6 +154,7 @@ def test_levanter(name, tmp_path):
     problem.check_equal(resumed.train(*restored, 4), (model, state))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "whole", quick([False], [False, True]), ids=["filtered", "whole module"]
 )

@@ -136,6 +136,7 @@ def test_each_epoch_holds_every_window_once_in_an_order_of_its_own(sources):
 # --- training
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [

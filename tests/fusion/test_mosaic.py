@@ -109,7 +109,8 @@ def test_equals_xla_on_any_shape(shape, bits, codec):
     assert_same_bits(on_tpu(program, operands), expected)
 
 
-@pytest.mark.parametrize("name", quick(["lion"], OPTIMIZERS))
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_xla_for_any_optimizer(name):
     program = program_of(OPTIMIZERS[name](), (9, 300), 24)
     assert mosaic_tpu.unsupported(program, None) is None
@@ -118,6 +119,7 @@ def test_equals_xla_for_any_optimizer(name):
     assert_same_bits(on_tpu(program, operands), expected)
 
 
+@pytest.mark.full
 def test_a_shard_draws_the_bits_of_its_place():
     program = program_of(optax.adamw(1e-2), (4, 16, 256), 24)
     operands = operands_of(program)
@@ -135,7 +137,8 @@ def test_a_shard_draws_the_bits_of_its_place():
     assert_same_bits(found, [part(*x) for x in rows])
 
 
-@pytest.mark.parametrize("bad", quick([np.inf], [np.nan, np.inf, -np.inf]))
+@pytest.mark.full
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_in_its_group(bad):
     program = program_of(optax.adamw(1e-2), (32, 256))
     operands = operands_of(program)

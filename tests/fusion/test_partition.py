@@ -109,6 +109,7 @@ def test_small_leaves_with_shardings_of_their_own(mesh):
     chex.assert_trees_all_equal(sharded, alone)
 
 
+@pytest.mark.full
 def test_inside_shard_map(mesh):
     """There arrays are local, and so are the places that decide the rounding."""
     tx = make_tx()

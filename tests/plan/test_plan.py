@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from tiers import quick
 
 import optax_flash
 from optax_flash import plan
@@ -131,7 +132,9 @@ def test_temporaries(name, batch, length, remat, release, loss_chunks, grads, fl
     assert peak(release=True) <= peak(release=False)
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m", "vit-b16", "resnet-50"])
+@pytest.mark.parametrize(
+    "name", quick(["gpt2-124m"], ["gpt2-124m", "vit-b16", "resnet-50"])
+)
 @pytest.mark.filterwarnings("ignore:state_sharding")
 def test_devices_hold_everything_together(name):
     one, many = (
