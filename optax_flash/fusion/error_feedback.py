@@ -33,7 +33,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_flash.fusion import program as programs
-from optax_flash.fusion import rounding
+from optax_flash.fusion import rounding, untraced
 from optax_flash.fusion.inline import inline
 from optax_flash.fusion.jaxprs import jaxpr_of, slice_equations
 from optax_flash.fusion.ops import Tile, op_p
@@ -113,7 +113,13 @@ def with_feedback(
         structure.extend(jax.tree.structure(x) for x in out)
         return jax.tree.leaves(out)
 
-    closed = jax.make_jaxpr(flat)(*leaves)
+    try:
+        closed = jax.make_jaxpr(flat)(*leaves)
+    except untraced.ERRORS:
+        # It still runs with values, where this is no part of another trace.
+        updates, new_state = update(state)
+        untraced.leave_out("error feedback")
+        return updates, new_state, NONE
     updates, new_state = structure
     if closed.effects or new_state != treedef:
         return *update(state), NONE
