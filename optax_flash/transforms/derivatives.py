@@ -2,7 +2,7 @@
 
 import optax
 
-from optax_flash.transforms import _inside
+from optax_flash.transforms import _inside, _mirror
 from optax_flash.transforms.compress import with_carried
 
 
@@ -52,5 +52,6 @@ def differentiable(
       >>> print(jax.grad(loss_after_training)(params, state)[0, 0])
       0.486
     """
+    params = _mirror.arrays_of(params)
     _inside.check_made_by(tx, state, params, "differentiable")
     return _inside.map_compressed(with_carried, state)
