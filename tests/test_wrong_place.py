@@ -56,6 +56,33 @@ def test_master_weights_inside_is_refused_by_init(around, finished):
         optax_flash.master_weights(around(inner)).init(params())
 
 
+def test_scales_that_a_trainer_has_cast_are_named_with_their_dtype():
+    tx, p = optax_flash.adamw8(1e-2), params()
+    state = tx.init(p)
+
+    def cast(dtype, tree):
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            tree,
+        )
+
+    wide = cast(jnp.float32, state)
+    message = "scales of 'w/mu' are float32, but .* in bfloat16.*has cast the optimizer"
+    with pytest.raises(ValueError, match=message):
+        tx.update(p, wide, p)
+    found, expected = (tx.update(p, x, p)[0] for x in (cast(jnp.bfloat16, wide), state))
+    assert np.array_equal(found["w"], expected["w"])
+
+
+@pytest.mark.parametrize("codec", ["affine8", "flashoptim"])
+def test_other_codecs_of_the_same_structure_are_both_named(codec):
+    p = params()
+    state = optax_flash.adamw8(1e-2).init(p)
+    other = "Affine8" if codec == "affine8" else "FlashOptim8"
+    with pytest.raises(ValueError, match=f"'w/mu'.*by Companded8.*under {other}"):
+        optax_flash.adamw8(1e-2, codecs=codec).update(p, state, p)
+
+
 def test_tools_take_a_whole_equinox_module():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(64, 64, 128, 2, key=jax.random.key(0))
