@@ -73,7 +73,7 @@ def state_sharding(
     """
     call = "state_sharding(tx, params, param_sharding)"
     _arguments.check_transformation(tx, (params, param_sharding), call)
-    params = _boxes.unboxed(params)
+    params = _mirror.arrays_of(_boxes.unboxed(params))
     state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
     return tree_sharding(state, tx, params, param_sharding)
 
@@ -85,7 +85,7 @@ def tree_sharding(
     param_sharding: PyTree,
 ) -> PyTree:
     """The same for any tree that holds a state of ``tx``, such as a train state."""
-    params = _init.as_arrays(_boxes.unboxed(params))
+    params = _init.as_arrays(_mirror.arrays_of(_boxes.unboxed(params)))
     state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
     entries = [
         entry for entry, _, scales in _inside.stored(state) if scales is not None

@@ -242,8 +242,6 @@ class TestFinishedParams:
             lambda tx: optax.apply_if_finite(tx, 2),
             lambda tx: optax.conditionally_transform(tx, lambda step: step > 0),
             lambda tx: optax.flatten(tx),
-            compress,
-            master_weights,
         ],
     )
     def test_a_wrapper_that_computes_with_updates(self, wrap):

@@ -131,3 +131,30 @@ def test_other_errors_are_left_alone():
     params = random(0)
     with pytest.raises(TypeError, match="of the schedule's own"):
         tx.update(params, tx.init(params), params)
+
+
+def test_error_feedback_is_left_out_and_the_warning_says_so():
+    in_codes = optax_flash.compress(optax.adamw(in_numpy), error_feedback=True)
+    for tx in (optax_flash.adamw4(in_numpy), in_codes):
+        with pytest.warns(UserWarning, match="without error feedback, one operation"):
+            found = train(tx, tx.update)
+        stock = optax.adamw(in_numpy)
+        expected = train(stock, stock.update)
+        chex.assert_trees_all_close(found, expected, atol=1e-2)
+    plain = optax_flash.compress(optax.adamw(in_numpy), error_feedback=False)
+    with pytest.warns(UserWarning) as warned:
+        chex.assert_trees_all_equal(found, train(plain, plain.update))
+    assert not any("feedback" in str(x.message) for x in warned)
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_explain_says_that_the_update_cannot_be_traced(make):
+    tx = make(in_numpy)
+    if make is inside:
+        with pytest.raises(TypeError, match="traced update, and this one cannot"):
+            optax_flash.explain(tx, random(0))
+        return
+    (w, b) = optax_flash.explain(tx, random(0)).paths[::-1]
+    assert (w.params, b.params) == (("w",), ("b",))
+    assert w.implementation == "xla"
+    assert "cannot be traced" in w.reason and "not under jit" in w.reason

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_flash.fusion import program as programs
-from optax_flash.fusion import rounding
+from optax_flash.fusion import rounding, untraced
 from optax_flash.fusion.jaxprs import (
     ClosedJaxpr,
     Jaxpr,
@@ -121,7 +121,13 @@ def with_feedback(
         structure.extend(jax.tree.structure(x) for x in out)
         return jax.tree.leaves(out)
 
-    closed = jax.make_jaxpr(flat)(*leaves)
+    try:
+        closed = jax.make_jaxpr(flat)(*leaves)
+    except untraced.ERRORS:
+        # It still runs with values, where this is no part of another trace.
+        updates, new_state = update(state)
+        untraced.leave_out("error feedback")
+        return updates, new_state, NONE
     updates, new_state = structure
     # Evaluated in parts, effects would happen several times; and gains are looked up by
     # the position of a momentum in the state, before and after.

@@ -1,5 +1,6 @@
 """Updates that jax cannot trace, as they compute with NumPy or Python's numbers."""
 
+import contextvars
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -27,6 +28,22 @@ ADVICE = (
 T = TypeVar("T")
 
 
+class CannotTrace(TypeError):
+    """An update takes values of arrays where they have none."""
+
+
+_left_out: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
+    "optax_flash_left_out", default=None
+)
+
+
+def leave_out(what: str) -> None:
+    """Says of a part of the update that it needs a trace, and does not run here."""
+    left_out = _left_out.get()
+    if left_out is not None:
+        left_out.add(what)
+
+
 def run(
     function: Callable[[], T],
     error: Exception,
@@ -51,14 +68,19 @@ def run(
             f"compiled, as {ADVICE}."
         ) from error
     if any(isinstance(x, jax.core.Tracer) for x in operands):
-        raise TypeError(f"The update cannot be traced: {ADVICE}.") from error
+        raise CannotTrace(f"The update cannot be traced: {ADVICE}.") from error
+    left_out: set[str] = set()
+    token = _left_out.set(left_out)
     try:
         results = function()
     except ERRORS:
-        raise TypeError(f"The update cannot be traced: {ADVICE}.") from error
+        raise CannotTrace(f"The update cannot be traced: {ADVICE}.") from error
+    finally:
+        _left_out.reset(token)
+    without = f"without {' and '.join(sorted(left_out))}, " if left_out else ""
     warnings.warn(
         "The update is slow, and needs memory for a whole state that is not in codes: "
-        f"it runs one operation after another, as {ADVICE}.",
+        f"it runs {without}one operation after another, as {ADVICE}.",
         stacklevel=2,
     )
     return results

@@ -37,7 +37,7 @@ def to_optax_state(
 
     Returns:
       ``(weights, optax_state)``, in float32: exactly what codes and residuals stand
-      for.
+      for. The weights have None in place of the functions of an Equinox module.
 
     Raises:
       ValueError: the state is not of ``tx`` and ``params``; the message names the leaf.
@@ -54,7 +54,7 @@ def to_optax_state(
     call = "to_optax_state(tx, state, params)"
     _arguments.check_transformation(tx, (state, params), call)
     _arguments.check_order(state, params, call)
-    params = _init.as_arrays(params)
+    params = _init.as_arrays(_mirror.arrays_of(params))
     expected = jax.eval_shape(lambda p: tx.init(p), params)
     _check_state(expected, _without_carried(state), "The state")
     if _mirror.nodes(state, MasterWeightsState):
@@ -115,9 +115,10 @@ def from_optax_state(
     call = "from_optax_state(tx, optax_state, weights, like)"
     _arguments.check_transformation(tx, (optax_state, weights), call)
     _arguments.check_order(optax_state, weights, call)
-    params = weights = _init.as_arrays(weights)
+    params = weights = _init.as_arrays(_mirror.arrays_of(weights))
     if like is not None:
-        params = jax.tree.map(_like, weights, _init.as_arrays(like))
+        like = _init.as_arrays(_mirror.arrays_of(like))
+        params = jax.tree.map(_like, weights, like)
     state = tx.init(params)
     plain = jax.eval_shape(decoded, state)
     _check_state(plain, optax_state, "The optax state")

@@ -31,6 +31,7 @@ def state_format(
       {'version': 2, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
     """
     _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
+    params = _mirror.arrays_of(params)
     state = jax.eval_shape(lambda p: tx.init(p), params)
     leaves = {entry.name: repr(entry.codec) for entry, _, _ in _inside.stored(state)}
     return {"version": VERSION, "leaves": leaves}

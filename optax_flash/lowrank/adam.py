@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from optax_flash.lowrank import _factors, _subspace
 from optax_flash.lowrank._factors import Rank, Where
-from optax_flash.transforms import _boxes, _dtypes, _init, _mirror
+from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -248,6 +248,7 @@ def scale_by_lowrank_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
+        _arguments.check_made_by_init(LowRankAdamState, state, "lowrank_adam")
         # Every param is in one of the two.
         whole = jax.tree.map(
             lambda dense, left: left if _is_absent(dense) else dense,

@@ -9,7 +9,7 @@ import optax
 
 from optax_flash.lowrank import _factors, _newton
 from optax_flash.lowrank._factors import Rank, Where
-from optax_flash.transforms import _boxes, _dtypes, _init, _mirror
+from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -140,6 +140,7 @@ def scale_by_lora_pre(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
+        _arguments.check_made_by_init(ScaleByLoraPreState, state, "scale_by_lora_pre")
         updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre: the gradients"

@@ -11,7 +11,7 @@ import optax
 
 from optax_flash.lowrank import _factors, _newton, lora_pre
 from optax_flash.lowrank._factors import Rank, Where
-from optax_flash.transforms import _boxes, _dtypes, _init, _mirror
+from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -125,6 +125,9 @@ def scale_by_lora_pre_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
+        _arguments.check_made_by_init(
+            ScaleByLoraPreMuonState, state, "scale_by_lora_pre_muon"
+        )
         updates = _init.as_arrays(updates)
         _mirror.check_mirrors(
             state.mu_left, updates, "scale_by_lora_pre_muon: the gradients"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.fusion import fuse
+from optax_flash.fusion import fuse, untraced
 from optax_flash.fusion.backends import PLATFORMS, Target, choose, gpu
 from optax_flash.fusion.split import LeafUpdate
 from optax_flash.reports import table
@@ -96,15 +96,22 @@ def explain(
     _arguments.check_transformation(tx, (params,), call)
     _arguments.check_params(params, call)
     platform = _at_hand() if platform is None else _canonical(platform)
-    params = _init.as_arrays(params)
-    state = jax.eval_shape(tx.init, params)
+    params = _init.as_arrays(_mirror.arrays_of(params))
     update = with_extra_args(tx).update
     with fuse.watch() as leaves:
-        jax.eval_shape(
-            lambda state, params: update(params, state, params, **extra_args)[1],
-            state,
-            params,
-        )
+        try:
+            jax.eval_shape(
+                lambda params: update(params, tx.init(params), params, **extra_args)[1],
+                params,
+            )
+        except untraced.CannotTrace:
+            return _untraced(platform, params)
+        except untraced.ERRORS as error:
+            if not leaves:
+                raise TypeError(
+                    "explain: which implementation runs a leaf is seen in the traced "
+                    f"update, and this one cannot be traced: {untraced.ADVICE}."
+                ) from error
     groups: dict[Any, list[str]] = {}
     kind_of_gpu = (gpu.at_hand() or gpu.PRESUMED) if platform == "cuda" else None
     target = Target(platform, kind_of_gpu)
@@ -124,6 +131,22 @@ def explain(
             Path(tuple(names), shape, name, reason)
             for (shape, name, reason, _), names in groups.items()
         ),
+    )
+
+
+def _untraced(platform: str, params: Any) -> Explanation:
+    """Of an update that runs one operation after another, outside of jit."""
+    reason = (
+        "the update cannot be traced, so it runs one operation after another, and not "
+        f"under jit: {untraced.ADVICE}"
+    )
+    rows = zip(_mirror.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for path, p in rows:
+        by_shape.setdefault(p.shape, []).append(path)
+    return Explanation(
+        platform,
+        tuple(Path(tuple(x), shape, "xla", reason) for shape, x in by_shape.items()),
     )
 
 

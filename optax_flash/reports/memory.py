@@ -115,7 +115,7 @@ def memory_report(
     call = "memory_report(tx, params)"
     _arguments.check_transformation(tx, (params,), call)
     _arguments.check_params(params, call)
-    params = _init.as_arrays(params)
+    params = _init.as_arrays(_mirror.arrays_of(params))
     state = jax.eval_shape(lambda p: tx.init(p), params)
     stock_state = jax.eval_shape(convert.decoded, state)
     of_param = _bytes_of_params(state, params)

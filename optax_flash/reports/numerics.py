@@ -142,6 +142,7 @@ def numerics_report(
     _arguments.check_transformation(tx, (state, params, grads), call)
     for other in (params, grads):
         _arguments.check_order(state, other, call)
+    params = _mirror.arrays_of(params)
     params, grads = _init.as_arrays((params, grads))
     _mirror.check_mirrors(params, grads, "numerics_report: the gradients")
     _inside.check_made_by(tx, state, params, "numerics_report")

@@ -50,6 +50,95 @@ def check_update(kind: type, updates: Any, state: Any, params: Any) -> None:
         )
 
 
+def check_made_by_init(kind: type, state: Any, what: str) -> None:
+    """Raises a ValueError where a state is another transformation's.
+
+    Args:
+      kind: of the state that init makes.
+      state: what stands in the state's place.
+      what: the transformation's name, for the message.
+    """
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{what}: the state is of type {type(state).__name__}, not "
+            f"{kind.__name__}. Pass what this transformation's init returned; after "
+            "changing the optimizer call init again."
+        )
+
+
+def update_inner(
+    inner: optax.GradientTransformationExtraArgs,
+    what: str,
+    updates: Any,
+    state: Any,
+    params: Any,
+    **extra_args: Any,
+) -> tuple[Any, Any]:
+    """``inner.update``, with an error that says so where the state is another's.
+
+    Fields of one name let some transformations run on the state of others.
+    """
+    try:
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _check_inner_state(inner, what, state, updates, params, error)
+        raise
+    if jax.tree.structure(new_state) != jax.tree.structure(state):
+        _check_inner_state(inner, what, state, updates, params)
+    return new_updates, new_state
+
+
+def _check_inner_state(
+    inner: optax.GradientTransformation,
+    what: str,
+    state: Any,
+    updates: Any,
+    params: Any,
+    error: Exception | None = None,
+) -> None:
+    like = updates if params is None else params
+    try:
+        expected = jax.eval_shape(lambda p: inner.init(p), like)
+    except Exception:
+        # Not made for these gradients, or not under a trace.
+        return
+    wanted, found = _classes(expected), _classes(state)
+    if wanted != found:
+        raise ValueError(
+            f"{what}: the state is of {', '.join(found) or 'no optimizer'}, but this "
+            f"transformation's has {', '.join(wanted) or 'nothing'}. Pass what its "
+            "init returned; after changing the optimizer call init again."
+        ) from error
+
+
+def _classes(state: Any) -> list[str]:
+    """The names of the NamedTuples in a state."""
+    if _is_state(state):
+        name = type(state).__name__
+        return [name, *(x for field in state for x in _classes(field))]
+    nodes = jax.tree.leaves(state, is_leaf=_is_state)
+    return [x for node in nodes if _is_state(node) for x in _classes(node)]
+
+
+def check_no_master_weights(inner_state: Any, what: str) -> None:
+    """Raises a ValueError where master_weights is wrapped, at whatever depth.
+
+    Its updates are whole params, and the params that it gets there are float32.
+    """
+
+    def is_master(node: Any) -> bool:
+        # By name: the class is in a module that imports compress.
+        name, module = type(node).__name__, type(node).__module__
+        return name == "MasterWeightsState" and module.startswith("optax_flash.")
+
+    if any(map(is_master, jax.tree.leaves(inner_state, is_leaf=is_master))):
+        once = " Remove the outer one." if what == "master_weights" else ""
+        raise ValueError(
+            f"{what}: there is a master_weights inside of it, and that has to be the "
+            f"outermost transformation, as in master_weights(compress(...)).{once}"
+        )
+
+
 def check_no_dtype(alias: str, name: str, dtype: Any, *fields: str) -> None:
     """Raises a ValueError where a dtype is asked for of what codes store.
 

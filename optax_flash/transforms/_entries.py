@@ -142,11 +142,16 @@ def stored_as(
     elif codec is not None and grouped(codec, entry.shape) == entry.codec:
         codec = entry.codec
         found = coded_shape(codec, x.shape, shape)
-        whole = (
-            x.dtype == jnp.uint8
-            and getattr(scale, "shape", None) == codec.scales_shape(found)
-            and scale.dtype == codec.scale_dtype
+        whole = x.dtype == jnp.uint8 and (
+            getattr(scale, "shape", None) == codec.scales_shape(found)
         )
+        if whole and scale.dtype != codec.scale_dtype:
+            raise ValueError(
+                f"compress: the scales of '{path}/{field.name}' are {scale.dtype}, but "
+                f"{codec!r} stores them in {np.dtype(codec.scale_dtype)}. Something "
+                "has cast the optimizer state. Leave it out of casts; cast back, "
+                "scales that were made wider lose nothing."
+            )
         if whole and (found == shape or field.factors):
             return InCodes(codec, found, entry.dtype)
         if whole:

@@ -290,6 +290,20 @@ def check_arrays(params: PyTree, what: str) -> None:
             )
 
 
+def arrays_of(params: PyTree) -> PyTree:
+    """Params as init takes them: None in place of what is no array or number.
+
+    Such leaves are the functions that an Equinox module holds, and update takes them.
+    """
+
+    def is_known(x: Any) -> bool:
+        return _is_array(x) or isinstance(x, numbers.Number)
+
+    if all(map(is_known, jax.tree.leaves(params))):
+        return params
+    return jax.tree.map(lambda x: x if is_known(x) else None, params)
+
+
 def is_real(x: Any) -> bool:
     """Whether an array is of real floating numbers, which codes can stand for."""
     return jnp.issubdtype(x.dtype, jnp.floating)

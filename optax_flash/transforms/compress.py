@@ -127,7 +127,8 @@ def compress(
 
     Raises:
       ValueError: an unknown codec name; a key of ``codecs`` that fits no field or
-        path; a field whose sign is not known; an ``inner`` that is compressed already;
+        path; a field whose sign is not known; an ``inner`` that is compressed already,
+        or has a :func:`master_weights` in it;
         a leaf of the params that is no array or number; gradients or a state of another
         structure, shape or format than init made; a named implementation that does not
         fit. The message names the leaf.
@@ -165,6 +166,7 @@ def compress(
     def init_arrays(params: optax.Params) -> CompressState:
         inner_state = inner.init(jax.tree.map(_init.like_float32, params))
         _check_compressed_once(inner_state)
+        _arguments.check_no_master_weights(inner_state, "compress")
         rules.check(inner_state, params)
         inner_state = _init.not_constant(inner_state)
         return _new_state(rules, inner_state, params)
@@ -176,11 +178,7 @@ def compress(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         _arguments.check_update(CompressState, updates, state, params)
-        if not isinstance(state, CompressState):
-            raise ValueError(
-                f"compress: the state is a {type(state).__name__}, not a "
-                "CompressState. Pass what this transformation's init returned."
-            )
+        _arguments.check_made_by_init(CompressState, state, "compress")
         updates = _init.as_arrays(updates)
         params = _init.as_arrays(_mirror.narrowed(params, updates))
         if params is not None:
@@ -200,7 +198,9 @@ def compress(
 
             def inner_update(inner_state: PyTree) -> tuple[PyTree, PyTree]:
                 try:
-                    new_updates, new_state = inner.update(
+                    new_updates, new_state = _arguments.update_inner(
+                        inner,
+                        "compress",
                         jax.tree.map(_init.like_float32, updates),
                         inner_state,
                         jax.tree.map(_init.like_float32, params),

@@ -2,7 +2,7 @@
 
 import optax
 
-from optax_flash.transforms import _arguments, _inside
+from optax_flash.transforms import _arguments, _inside, _mirror
 from optax_flash.transforms._carried import with_carried
 
 
@@ -56,5 +56,6 @@ def differentiable(
     call = "differentiable(tx, state, params)"
     _arguments.check_transformation(tx, (state, params), call)
     _arguments.check_order(state, params, call)
+    params = _mirror.arrays_of(params)
     _inside.check_made_by(tx, state, params, "differentiable")
     return _inside.map_compressed(with_carried, state)

@@ -145,13 +145,15 @@ def master_weights(
         def init_arrays(params: optax.Params) -> MasterWeightsState:
             leaves, structure = jax.tree.flatten(params)
             rows = zip(leaves, frozen, strict=True)
+            inner_state = inner.init(jax.tree.map(_init.like_float32, params))
+            _arguments.check_no_master_weights(inner_state, "master_weights")
             codecs = _codecs(residual_codec, params, frozen)
             return MasterWeightsState(
                 step=jnp.zeros([], jnp.int32),
                 residual=structure.unflatten(
                     [_zero_residual(residual_codec, *row) for row in rows]
                 ),
-                inner_state=inner.init(jax.tree.map(_init.like_float32, params)),
+                inner_state=inner_state,
                 digest=_digest(params, codecs) if track_params else None,
                 codecs=codecs,
             )
@@ -195,7 +197,9 @@ def master_weights(
             state: MasterWeightsState,
             params: optax.Params,
         ) -> tuple[optax.Updates, MasterWeightsState]:
-            inner_updates, inner_state = inner.update(
+            inner_updates, inner_state = _arguments.update_inner(
+                inner,
+                "master_weights",
                 jax.tree.map(_init.like_float32, updates),
                 state.inner_state,
                 jax.tree.map(_init.like_float32, _join(params, state.residual)),
@@ -657,11 +661,7 @@ def _check_state(
     codec: residuals.ResidualCodec | None, state: MasterWeightsState, params: PyTree
 ) -> None:
     """Raises where state and params do not belong together; names the leaf."""
-    if not isinstance(state, MasterWeightsState):
-        raise ValueError(
-            f"master_weights: the state is a {type(state).__name__}, not a "
-            "MasterWeightsState. Pass what this transformation's init returned."
-        )
+    _arguments.check_made_by_init(MasterWeightsState, state, "master_weights")
     residual = _mirror.narrowed(state.residual, params)
     _mirror.check_mirrors(residual, params, "master_weights: the params")
     triples = zip(

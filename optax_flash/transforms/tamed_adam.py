@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flash.transforms import _dtypes, _init, _mirror
+from optax_flash.transforms import _arguments, _dtypes, _init, _mirror
 
 PyTree = Any
 Scalar = jax.typing.ArrayLike
@@ -118,6 +118,9 @@ def scale_by_tamed_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
+        _arguments.check_made_by_init(
+            ScaleByTamedAdamState, state, "scale_by_tamed_adam"
+        )
         _mirror.check_mirrors(state.mu, updates, "scale_by_tamed_adam: the gradients")
         count = optax.safe_increment(state.count)
         updates = _init.as_arrays(updates)
