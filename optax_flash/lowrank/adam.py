@@ -248,7 +248,7 @@ def scale_by_lowrank_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
-        _arguments.check_made_by_init(LowRankAdamState, state, "lowrank_adam")
+        _arguments.check_made_by_init(ScaleByLowrankAdamState, state, "lowrank_adam")
         # Every param is in one of the two.
         whole = jax.tree.map(
             lambda dense, left: left if _is_absent(dense) else dense,

@@ -67,11 +67,11 @@ def test_results_take_the_place_of_their_like(dtype):
     with fuse.watch() as leaves:
         jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, params), params)
     ((leaf, _),) = leaves
-    jaxpr, donors = leaf.program.jaxpr, leaf.program.donors
+    jaxpr, aliases = leaf.program.jaxpr, leaf.program.aliases
     found = [
-        (x.aval.dtype, jaxpr.invars[donor].aval.dtype)
-        for x, donor in zip(jaxpr.outvars, donors, strict=True)
-        if donor is not None
+        (x.aval.dtype, jaxpr.invars[alias].aval.dtype)
+        for x, alias in zip(jaxpr.outvars, aliases, strict=True)
+        if alias is not None
     ]
     assert all(result == operand for result, operand in found)
     # Two moments with scales; the update where it fits.

@@ -182,7 +182,7 @@ def test_params_with_shardings_of_their_own():
     assert found.component_bytes["codes"] == 2 * numbers
     assert found.component_bytes["scales"] == 2 * 2 * numbers // 32
     assert found.component_bytes["gradients"] == 2 * numbers
-    assert found.largest_batch is None and "nobody knows" in str(found)
+    assert found.largest_batch is None and "is unknown" in str(found)
 
 
 @pytest.mark.parametrize(
