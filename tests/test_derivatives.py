@@ -242,6 +242,7 @@ def test_where_an_update_cannot_see_it_an_error_says_what_to_do():
     )
 
 
+@pytest.mark.full
 def test_values_are_those_of_an_update_that_is_not_differentiated():
     for case in ("sgd8", "adam4", "finished"):
         _, make, dtype = CASES[case]

@@ -75,7 +75,7 @@ OPTIMIZERS = {
 }
 
 
-QUICK = ("adamw", "lion", "sgd_nesterov", "muon")
+QUICK = ("adamw", "lion", "sgd_nesterov")
 
 
 @pytest.fixture(params=quick(QUICK, OPTIMIZERS), name="optimizer")

@@ -142,6 +142,7 @@ def test_stock_optax():
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_float32_params():
     check_equal(STACKED, optax_flash.adamw8(1e-2), make_params(jnp.float32), TOKENS)
 
@@ -151,6 +152,7 @@ def test_unrolled_layers_equal_the_ordinary_step():
     check_equal(UNROLLED, tx, make_params(stacked=False), TOKENS)
 
 
+@pytest.mark.full
 def test_unrolled_layers_take_what_is_not_elementwise():
     tx = finished(optax_flash.compress(optax.contrib.muon(1e-2)))
     params = make_params(stacked=False)
