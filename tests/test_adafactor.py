@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick
 
 from optax_flash import compress, master_weights
 from optax_flash.codecs.registry import get_codec
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 SHAPE = (64, 64)
 

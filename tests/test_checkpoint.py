@@ -16,12 +16,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
 import optax_flash.flax
 from optax_flash import Checkpoints
 from tests.disks import full_disk
+from tests.tiers import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TX = optax_flash.master_weights(optax_flash.adamw8(1e-2))

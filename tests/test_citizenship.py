@@ -648,9 +648,9 @@ def everything():
         "compress": lambda: optax_flash.compress(inner),
         "master_weights": lambda: optax_flash.master_weights(inner),
         "tame": lambda: optax_flash.tame(1.0),
-        "scale_by_lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(4),
-        "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(4),
-        "scale_by_lora_pre_muon": lambda: optax_flash.scale_by_lora_pre_muon(4),
+        "scale_by_lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(rank=4),
+        "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(rank=4),
+        "scale_by_lora_pre_muon": lambda: optax_flash.scale_by_lora_pre_muon(rank=4),
     }
     return {name: make() for name, make in made.items()}
 

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 SHAPE = (32, 32)
 KEYS = jax.random.split(jax.random.key(0), 4)

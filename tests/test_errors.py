@@ -51,7 +51,7 @@ def test_unknown_codec(make):
 
 
 def test_codecs_of_a_wrong_type():
-    with pytest.raises(ValueError, match="codec, a name or a mapping"):
+    with pytest.raises(ValueError, match="Unknown codec 8.*Known names"):
         compress(optax.adam(1e-3), 8)
 
 
@@ -61,7 +61,7 @@ def test_unknown_field():
         tx.init(PARAMS)
 
 
-@pytest.mark.parametrize("bits", [8, 16, 23, "24", None])
+@pytest.mark.parametrize("bits", [8, 16, 23, "24"])
 def test_bits(bits):
     with pytest.raises(ValueError, match=f"24.*32.*{bits}"):
         master_weights(optax.adam(1e-3), bits)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from tiers import quick
 
 import optax_flash
 from optax_flash.flax import TrainState
+from tests.tiers import quick
 
 
 class Block(nn.Module):

@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax import nnx
 from flax.linen import fp8_ops
-from tiers import quick
 
 import optax_flash
 from optax_flash import master_params, master_weights
 from optax_flash.flax import Optimizer, TrainState
+from tests.tiers import quick
 
 OWG = fp8_ops.OVERWRITE_WITH_GRADIENT
 FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)

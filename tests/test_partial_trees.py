@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiers import quick
 
 import optax_flash
 from optax_flash import master_params, master_weights
 from optax_flash.flax import Optimizer, TrainState
+from tests.tiers import quick
 
 MASKED = optax.MaskedNode()
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick
 
 import optax_flash
+from tests.tiers import quick
 
 
 def in_numpy(count):

@@ -9,10 +9,10 @@ prints.
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import quick
 
 from optax_flash import Affine8, Companded4, Companded8, FlashOptim8
 from optax_flash.codecs import hashing
+from tests.tiers import quick
 
 RNG = np.random.default_rng(20240229)
 NORMAL = RNG.standard_normal((256, 256))

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from tiers import quick
 
 import optax_flash
 from optax_flash import plan
 from optax_flash.plan import __main__ as command
 from optax_flash.plan import activations, optimizers, planner, shards
+from tests.tiers import quick
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
