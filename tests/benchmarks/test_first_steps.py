@@ -1,5 +1,7 @@
 """First steps with a state in codes are those of float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ CASES = [
     for storage in STORAGE
     # In 4 bits its trust ratio does not see the small elements beside an outlier.
     if name != "lamb" or storage == "8 bits"
+    # A pair of moments of both sizes, of three; the others have each size.
+    if storage != "4 and 8 bits" or name in ("adam", "adamw", "nadam")
 ]
 
 
@@ -57,11 +61,13 @@ def test_updates_of_normal_gradients_in_a_warmup(name, storage):
 )
 def test_updates_beside_an_outlier(name, storage, warmup):
     """The largest is within three times float32's, in each of ten steps."""
-    optimizer = make(name, warmup)
-    ratios = over(
-        largest_updates(stored(optimizer, storage)), largest_updates(optimizer)
-    )
-    assert ratios.max() <= 3.0
+    found = largest_updates(stored(make(name, warmup), storage))
+    assert over(found, stock_updates(name, warmup)).max() <= 3.0
+
+
+@functools.cache
+def stock_updates(name, warmup):
+    return largest_updates(make(name, warmup))
 
 
 @pytest.mark.full
@@ -71,7 +77,11 @@ def test_updates_beside_an_outlier(name, storage, warmup):
 )
 def test_losses_after_fifty_steps_without_warmup(name, storage):
     """From first and from trained weights, they are within 1 % of float32's."""
-    optimizer = make(name)
-    expected, found = (losses(tx, 2) for tx in (optimizer, stored(optimizer, storage)))
-    for stock, loss in zip(expected, found, strict=True):
+    found = losses(stored(make(name), storage), 2)
+    for stock, loss in zip(stock_losses(name), found, strict=True):
         np.testing.assert_allclose(loss.mean(), stock.mean(), rtol=0.01)
+
+
+@functools.cache
+def stock_losses(name):
+    return losses(make(name), 2)
