@@ -141,7 +141,7 @@ def test_noise_is_tracked_nearly_as_well_as_the_best_truncation():
 def test_gradient_scale_does_not_matter(scale):
     """Powers of two go through bit for bit, but for what underflows."""
     grads = [normal((32, 48), seed).astype(np.float32) for seed in range(10)]
-    tx = functools.partial(scale_by_lora_pre, 6)
+    tx = functools.partial(scale_by_lora_pre, rank=6)
     expected, _ = run(tx(eps=1e-8), grads)
     found, _ = run(tx(eps=1e-8 * scale), [scale * g for g in grads])
     for u, e in zip(found, expected, strict=True):
@@ -442,12 +442,12 @@ def test_muon_with_factors_is_muon_for_a_constant_gradient_of_low_rank():
 
 
 @pytest.mark.parametrize(
-    "make", [scale_by_lora_pre, lambda r: lora_pre_muon(0.1, rank=r)]
+    "make", [scale_by_lora_pre, functools.partial(lora_pre_muon, 0.1)]
 )
 @pytest.mark.parametrize("rank", [0, -1, True, 1.5, 0.0, None])
 def test_bad_ranks(make, rank):
     with pytest.raises(ValueError, match="rank is"):
-        make(rank)
+        make(rank=rank)
 
 
 def test_bad_input():

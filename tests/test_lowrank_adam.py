@@ -102,7 +102,7 @@ class TestOracles:
         """
         steps = 30
         grads = list(stream(steps, shape))
-        updates, _ = run(make(64), grads)
+        updates, _ = run(make(rank=64), grads)
         stock, _ = run(optax.scale_by_adam(), grads)
         for t, (u, exact) in enumerate(zip(updates, stock, strict=True), start=1):
             m, v = average(grads[:t], 0.9), average(grads[:t], 0.999, 2)
@@ -136,7 +136,7 @@ class TestOracles:
     def test_exact_where_gradients_have_the_rank(self, make, shape):
         """The first moment; squares of them have a higher one."""
         grads = list(stream(20, shape, rank=4))
-        _, state = run(make(6), grads)
+        _, state = run(make(rank=6), grads)
         assert relative_error(moment(state), average(grads, 0.9)) < 1e-5
 
     @pytest.mark.full
@@ -173,9 +173,9 @@ class TestOracles:
     def test_scale_of_the_gradients_does_not_matter(self, make):
         """Powers of two scale without rounding."""
         grads = list(stream(6, rank=4, noise=0.3))
-        expected, _ = run(make(8, eps=0.0), grads)
+        expected, _ = run(make(rank=8, eps=0.0), grads)
         for scale in (2.0**-20, 2.0**10):
-            updates, _ = run(make(8, eps=0.0), [g * scale for g in grads])
+            updates, _ = run(make(rank=8, eps=0.0), [g * scale for g in grads])
             chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
     def test_no_update_is_longer_than_adams_could_be(self, make):
@@ -183,7 +183,7 @@ class TestOracles:
         rng = np.random.default_rng(1)
         rows = [jnp.asarray(rng.random((64, 1)) < 0.1, jnp.float32) for _ in range(40)]
         grads = [g * r for g, r in zip(stream(40), rows, strict=True)]
-        updates, _ = run(make(4), grads)
+        updates, _ = run(make(rank=4), grads)
         # sum (1 - b1) b1^k g_k <= longest * sqrt(sum (1 - b2) b2^k g_k^2)
         longest = 0.1 / math.sqrt(0.001 * (1 - 0.9**2 / 0.999))
         for t, u in enumerate(updates, start=1):
@@ -235,13 +235,13 @@ class TestState:
             "stack": jnp.zeros((3, 128, 64)),
             "bias": jnp.zeros(128),
         }
-        state = jax.eval_shape(make(0.125).init, params)
+        state = jax.eval_shape(make(rank=0.125).init, params)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         assert size == 4 * (2 * 8 * (64 + 128) * (1 + 3) + 2 * 128 + 1)
 
     @pytest.mark.parametrize("shape", [(64, 96), (96, 64)], ids=str)
     def test_basis_is_orthonormal_on_the_shorter_side(self, make, shape):
-        _, state = run(make(8), stream(7, shape))
+        _, state = run(make(rank=8), stream(7, shape))
         side = "left" if shape[0] < shape[1] else "right"
         for field in ("mu", "nu"):
             basis = np.asarray(getattr(state, f"{field}_{side}"), np.float64)
@@ -274,16 +274,16 @@ class TestState:
 
     def test_leaves_that_do_not_fit_are_adams(self, make):
         grads = [{"bias": g[0], "small": g[:8, :8]} for g in stream(5)]
-        updates, _ = run(make(8), grads)
+        updates, _ = run(make(rank=8), grads)
         expected, _ = run(optax.scale_by_adam(), grads)
         chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
 
     def test_seed_and_path_decide_the_sketch(self):
         grads = [{"a": g, "b": g} for g in stream(3)]
         make = optax_flash.scale_by_lowrank_adam
-        _, state = run(make(8), grads)
-        _, again = run(make(8), grads)
-        _, other = run(make(8, seed=1), grads)
+        _, state = run(make(rank=8), grads)
+        _, again = run(make(rank=8), grads)
+        _, other = run(make(rank=8, seed=1), grads)
         chex.assert_trees_all_equal(state, again)
         assert np.any(state.mu_left["a"] != state.mu_left["b"])
         assert np.any(state.mu_left["a"] != other.mu_left["a"])
@@ -349,9 +349,9 @@ class TestBadInput:
 
     def test_another_tree_of_gradients(self, make):
         params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros(4)}
-        state = make(8).init(params)
+        state = make(rank=8).init(params)
         with pytest.raises(ValueError, match="lowrank_adam: the gradients: 'a' is mis"):
-            make(8).update({"b": params["b"]}, state)
+            make(rank=8).update({"b": params["b"]}, state)
 
     def test_integer_params(self):
         """What is not real floating has Adam's own moments, as in stock optax."""
@@ -365,7 +365,7 @@ class TestBadInput:
         """Gradients that begin later than training are remembered all the same."""
         later = list(stream(8, rank=4))
         grads = [jnp.zeros_like(later[0])] * 3 + later
-        updates, state = run(make(8), grads)
+        updates, state = run(make(rank=8), grads)
         assert not np.any(updates[:3])
         assert relative_error(moment(state), average(later, 0.9)) < 1e-5
 
@@ -373,7 +373,7 @@ class TestBadInput:
     def test_what_is_not_finite_shows(self, make, bad):
         grads = list(stream(3))
         grads[1] = grads[1].at[3, 5].set(bad)
-        updates, state = run(make(8), grads)
+        updates, state = run(make(rank=8), grads)
         assert not np.isfinite(updates[1][3, 5])
         # A basis that is kept keeps other columns clean.
         assert np.all(np.isnan(updates[2][:, 5]))
@@ -381,8 +381,8 @@ class TestBadInput:
 
     def test_half_precision_gradients(self, make):
         grads = [g.astype(jnp.bfloat16) for g in stream(4, rank=4, noise=0.3)]
-        updates, state = run(make(8), grads)
-        wide, wide_state = run(make(8), [g.astype(jnp.float32) for g in grads])
+        updates, state = run(make(rank=8), grads)
+        wide, wide_state = run(make(rank=8), [g.astype(jnp.float32) for g in grads])
         assert {u.dtype for u in updates} == {jnp.dtype(jnp.bfloat16)}
         assert {x.dtype for x in jax.tree.leaves(state)[1:]} == {jnp.dtype("float32")}
         chex.assert_trees_all_close(moment(state), moment(wide_state), atol=1e-5)
@@ -426,11 +426,11 @@ class TestComposes:
     def test_masked_and_partition(self, make):
         params, grads = params_of(), params_of(seed=1)
         labels = {k: "on" if k == "kernel" else "off" for k in params}
-        tx = optax.partition({"on": make(8), "off": optax.sgd(0.1)}, labels)
+        tx = optax.partition({"on": make(rank=8), "off": optax.sgd(0.1)}, labels)
         (updates,), state = run(tx, [grads], params)
         chex.assert_trees_all_close(updates["bias"], -0.1 * grads["bias"])
         assert optax.tree.get(state, "mu_left")["kernel"].shape == (8, 64)
-        masked = optax.masked(make(8), {k: k == "kernel" for k in params})
+        masked = optax.masked(make(rank=8), {k: k == "kernel" for k in params})
         (updates,), _ = run(masked, [grads], params)
         assert np.any(updates["kernel"] != grads["kernel"])
         chex.assert_trees_all_equal(updates["bias"], grads["bias"])
@@ -456,8 +456,8 @@ class TestComposes:
 
     def test_map_params(self, make):
         params = params_of()
-        state = make(8).init(params)
-        mapped = optax.tree_map_params(make(8), lambda x: x + 1, state)
+        state = make(rank=8).init(params)
+        mapped = optax.tree_map_params(make(rank=8), lambda x: x + 1, state)
         assert np.all(
             np.asarray(mapped.mu_right["kernel"]) == state.mu_right["kernel"] + 1
         )
@@ -496,14 +496,14 @@ def test_sharded_equals_single_device(strategy, spec, kind):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
     # Well-separated spaces: where singular values are equal, any rotation will do.
     grads = list(stream(4, (64, 128), rank=4, noise=1e-3))
-    updates, state = run(make(4), grads)
+    updates, state = run(make(rank=4), grads)
     sharding = NamedSharding(mesh, spec)
     placed = [jax.device_put(g, sharding) for g in grads]
-    sharded, sharded_state = run(make(4), placed)
+    sharded, sharded_state = run(make(rank=4), placed)
     assert relative_error(np.asarray(sharded), np.asarray(updates)) < 1e-4
     assert relative_error(moment(sharded_state), moment(state)) < 1e-5
     if kind == AxisType.Explicit:
-        first = make(4).init(placed[0])
+        first = make(rank=4).init(placed[0])
         assert jax.tree.map(jax.typeof, first.mu_left) == jax.typeof(
             sharded_state.mu_left
         )

@@ -22,7 +22,7 @@ MAKE = {
     "lora_pre_adamw": lambda: optax_flash.lora_pre_adamw(1e-2, rank=4),
     "lora_pre_muon": lambda: optax_flash.lora_pre_muon(1e-2, rank=4),
     "lowrank_adamw": lambda: optax_flash.lowrank_adamw(1e-2, rank=4),
-    "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(4),
+    "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(rank=4),
 }
 
 

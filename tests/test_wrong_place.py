@@ -17,9 +17,9 @@ MAKE = {
     "lora_pre_adamw": lambda: optax_flash.lora_pre_adamw(1e-2, rank=4),
     "lora_pre_muon": lambda: optax_flash.lora_pre_muon(1e-2, rank=4),
     "lowrank_adamw": lambda: optax_flash.lowrank_adamw(1e-2, rank=4),
-    "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(4),
-    "scale_by_lora_pre_muon": lambda: optax_flash.scale_by_lora_pre_muon(4),
-    "scale_by_lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(4),
+    "scale_by_lora_pre": lambda: optax_flash.scale_by_lora_pre(rank=4),
+    "scale_by_lora_pre_muon": lambda: optax_flash.scale_by_lora_pre_muon(rank=4),
+    "scale_by_lowrank_adam": lambda: optax_flash.scale_by_lowrank_adam(rank=4),
     "master_weights": lambda: optax_flash.master_weights(optax_flash.adamw8(1e-2)),
 }
 

@@ -396,7 +396,7 @@ def test_factors_alone_in_a_stock_optimizer(make, names):
             model = nnx.Linear(
                 64, 128, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0)
             )
-            optimizer = nnx.Optimizer(model, make(4), wrt=nnx.Param)
+            optimizer = nnx.Optimizer(model, make(rank=4), wrt=nnx.Param)
             grads = nnx.grad(lambda model: jnp.sum(model(problem.X) ** 2))(model)
             for _ in range(2):
                 optimizer.update(model, grads)
