@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -59,3 +60,32 @@ def context_of(arrays: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     except ValueError:
         # Something around is traced, and no mesh can be set.
         return contextlib.nullcontext()
+
+
+def auto_sharded(
+    function: Callable[..., tuple[Any, ...]],
+    arrays: Sequence[jax.Array],
+    scalars: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, ...]:
+    """A function's results on arrays that may be on explicit axes.
+
+    There each product over a sharded axis would have to say what becomes of it. Here
+    the results do, and XLA decides how to share the work.
+
+    Args:
+      function: of the arrays, and of scalars by name. Its results are like the arrays,
+        in number, shape and sharding.
+      arrays: its operands.
+      scalars: Python's numbers, or arrays of shape ().
+    """
+    types = [jax.typeof(x) for x in arrays]
+    mesh = next((x.sharding.mesh for x in types if not x.sharding.mesh.empty), None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return function(*arrays, **scalars)
+    # Python's numbers stay what they are: 1 - 0.999 is another number in float32.
+    traced = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
+    sharded: Any = jax.sharding.auto_axes(
+        lambda arrays, traced: function(*arrays, **{**scalars, **traced}),
+        out_sharding=tuple(NamedSharding(mesh, x.sharding.spec) for x in types),
+    )
+    return sharded(list(arrays), traced)

@@ -49,9 +49,11 @@ def side_of(field: str) -> str | None:
     return found and found[1]
 
 
-def product(left: jax.Array, right: jax.Array) -> jax.Array:
+def product(
+    left: jax.Array, right: jax.Array, precision: jax.lax.Precision = HIGHEST
+) -> jax.Array:
     """``left.T @ right``: (*batch, p, q), of (*batch, rank, p), (*batch, rank, q)."""
-    return jnp.einsum("...rp,...rq->...pq", left, right, precision=HIGHEST)
+    return jnp.einsum("...rp,...rq->...pq", left, right, precision=precision)
 
 
 def gram(factor: jax.Array) -> jax.Array:
@@ -59,14 +61,18 @@ def gram(factor: jax.Array) -> jax.Array:
     return jnp.einsum("...rn,...sn->...rs", factor, factor, precision=HIGHEST)
 
 
-def onto_rows(left: jax.Array, matrix: jax.Array) -> jax.Array:
+def onto_rows(
+    left: jax.Array, matrix: jax.Array, precision: jax.lax.Precision = HIGHEST
+) -> jax.Array:
     """``left @ matrix``: (*batch, rank, q), of (*batch, rank, p), (*batch, p, q)."""
-    return jnp.einsum("...rp,...pq->...rq", left, matrix, precision=HIGHEST)
+    return jnp.einsum("...rp,...pq->...rq", left, matrix, precision=precision)
 
 
-def onto_columns(right: jax.Array, matrix: jax.Array) -> jax.Array:
+def onto_columns(
+    right: jax.Array, matrix: jax.Array, precision: jax.lax.Precision = HIGHEST
+) -> jax.Array:
     """``right @ matrix.T``: (*batch, rank, p), of (*batch, rank, q), (*batch, p, q)."""
-    return jnp.einsum("...rq,...pq->...rp", right, matrix, precision=HIGHEST)
+    return jnp.einsum("...rq,...pq->...rp", right, matrix, precision=precision)
 
 
 def zeros(param: jax.Array, axis: int, rank: int) -> jax.Array:

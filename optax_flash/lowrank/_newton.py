@@ -12,14 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash.lowrank import _factors
 
 Scalar = jax.typing.ArrayLike
 
-# What only factors enter is cheap and decides how well Gram matrices are conditioned.
-HIGHEST = _factors.HIGHEST
 # TensorFloat-32 on a GPU, three passes of bfloat16 on a TPU, float32 on a CPU. It is
 # enough for products with a gradient, which are 12 of every 13 operations: the factors
 # are orthonormalised before, so that its error is not magnified after.
@@ -41,7 +38,7 @@ def init_factors(
 
 def product(left: jax.Array, right: jax.Array) -> jax.Array:
     """``left.T @ right``: (*batch, p, q)."""
-    return _contract("rp,rq->pq", left, right, HIGH)
+    return _factors.product(left, right, HIGH)
 
 
 def newton_step(
@@ -76,19 +73,19 @@ def newton_step(
     """
     gain = 1 - decay
     damping = jnp.maximum(damping, ROUNDING * left.shape[-2])
-    gram = _contract("rn,sn->rs", right, right, HIGHEST)
+    gram = _factors.gram(right)
     lengths = jnp.sqrt(_diagonal(gram))
     right, left = right / lengths, left * lengths
     gram = gram / lengths / jnp.swapaxes(lengths, -1, -2)
 
     basis, back = _orthonormal(right, gram, damping)
-    projected = _contract("rq,pq->rp", basis, target, HIGH)
-    left_step = gain * _contract("rs,sn->rn", back, projected, HIGHEST)
+    projected = _factors.onto_columns(basis, target, HIGH)
+    left_step = gain * _factors.mix(back, projected)
 
-    gram = _contract("rn,sn->rs", left, left, HIGHEST)
+    gram = _factors.gram(left)
     basis, back = _orthonormal(left, gram, damping)
-    projected = _contract("rp,pq->rq", basis, target, HIGH)
-    right_step = gain * _contract("rs,sn->rn", back, projected, HIGHEST)
+    projected = _factors.onto_rows(basis, target, HIGH)
+    right_step = gain * _factors.mix(back, projected)
     return decay * left + left_step, decay * right + _bounded(right_step, 1 / gain)
 
 
@@ -148,7 +145,7 @@ def _orthonormal(
     inverse_cholesky = jax.lax.platform_dependent(
         cholesky, cpu=_inverse_in_halves, default=_factors.inverse_of_lower
     )
-    basis = _contract("rs,sn->rn", inverse_cholesky, inverse * factor, HIGHEST)
+    basis = _factors.mix(inverse_cholesky, inverse * factor)
     return basis, inverse * jnp.swapaxes(inverse_cholesky, -1, -2)
 
 
@@ -159,8 +156,8 @@ def _inverse_in_halves(c: jax.Array) -> jax.Array:
     half = c.shape[-1] // 2
     top = _inverse_in_halves(c[..., :half, :half])
     bottom = _inverse_in_halves(c[..., half:, half:])
-    corner = _contract("rs,sn->rn", c[..., half:, :half], top, HIGHEST)
-    corner = -_contract("rs,sn->rn", bottom, corner, HIGHEST)
+    corner = _factors.mix(c[..., half:, :half], top)
+    corner = -_factors.mix(bottom, corner)
     upper = jnp.concatenate([top, jnp.zeros_like(c[..., :half, half:])], axis=-1)
     lower = jnp.concatenate([corner, bottom], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)
@@ -188,32 +185,3 @@ def _diagonal(matrix: jax.Array) -> jax.Array:
     """The diagonal as a column: (*batch, rank, 1)."""
     eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
     return jnp.sum(matrix * eye, axis=-1, keepdims=True)
-
-
-def _contract(subscripts: str, a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    """``einsum`` over leading batch axes; contracted axes may be sharded.
-
-    On a mesh of explicit axes the result's sharding has to be named: an axis keeps its
-    own, and sums over a sharded axis are complete.
-    """
-    inputs, output = subscripts.split("->")
-    axes: dict[str, Any] = {}
-    batch: tuple[Any, ...] = (None,) * (a.ndim - 2)
-    for letters, x in zip(inputs.split(","), (a, b), strict=True):
-        *of_batch, row, column = jax.typeof(x).sharding.spec
-        batch = tuple(i or j for i, j in zip(batch, of_batch, strict=True))
-        for letter, entry in zip(letters, (row, column), strict=True):
-            axes[letter] = axes.get(letter) or entry
-    spec = (*batch, *(axes[letter] for letter in output))
-    known = (jax.typeof(x).sharding.mesh for x in (a, b))
-    mesh = next((mesh for mesh in known if not mesh.empty), None)
-    named = any(entry is not None for entry in (*spec, *axes.values()))
-    # With its mesh: a spec alone is known under jax.set_mesh only.
-    sharding = NamedSharding(mesh, PartitionSpec(*spec)) if mesh and named else None
-    return jnp.einsum(
-        ",".join(f"...{x}" for x in inputs.split(",")) + f"->...{output}",
-        a,
-        b,
-        precision=precision,
-        out_sharding=sharding,
-    )

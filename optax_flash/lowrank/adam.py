@@ -3,14 +3,13 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
 
+from optax_flash import meshes
 from optax_flash.lowrank import _factors, _subspace
 from optax_flash.lowrank._factors import Rank, Where
 from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
@@ -270,7 +269,7 @@ def scale_by_lowrank_adam(
                 row = row | {"mu": mu, "nu": nu}
             else:
                 factored = functools.partial(factored_step, path)
-                u, *factors = _auto_sharded(
+                u, *factors = meshes.auto_sharded(
                     factored, [g32, *(row[field] for field in FACTORS)], scalars
                 )
                 row = row | dict(zip(FACTORS, factors, strict=True))
@@ -355,29 +354,6 @@ def _direction(
     mu = mu / (1 - jnp.asarray(b1, jnp.float32) ** count)
     nu = nu / (1 - jnp.asarray(b2, jnp.float32) ** count)
     return mu / (jnp.sqrt(nu + eps_root) + eps)
-
-
-def _auto_sharded(
-    step: Callable[..., tuple[jax.Array, ...]],
-    arrays: list[jax.Array],
-    scalars: dict[str, Scalar],
-) -> tuple[jax.Array, ...]:
-    """Runs a step on a leaf in such a way that XLA decides how to share the work.
-
-    On a mesh of explicit axes every product over a sharded axis would have to say what
-    becomes of it; here the results do, which are sharded like the arrays.
-    """
-    types = [jax.typeof(x) for x in arrays]
-    mesh = types[0].sharding.mesh
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return step(*arrays, **scalars)
-    # Python's numbers stay what they are: 1 - 0.999 is another number in float32.
-    traced = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
-    sharded: Any = jax.sharding.auto_axes(
-        lambda arrays, traced: step(*arrays, **(scalars | traced)),
-        out_sharding=tuple(NamedSharding(mesh, x.sharding.spec) for x in types),
-    )
-    return sharded(arrays, traced)
 
 
 def _check(

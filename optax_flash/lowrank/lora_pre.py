@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_flash import meshes
 from optax_flash.lowrank import _factors, _newton
 from optax_flash.lowrank._factors import Rank, Where
 from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
@@ -148,6 +149,13 @@ def scale_by_lora_pre(
         columns = [_mirror.entries(field, updates) for field in state[3:]]
         grads, treedef = jax.tree.flatten(updates)
         factored = [hasattr(left, "shape") for left in columns[0]]
+        scalars = {
+            "b1": b1,
+            "b2": b2,
+            "eps": eps,
+            "eps_root": eps_root,
+            "damping": damping,
+        }
         dense_updates, dense = adam.update(
             without(updates, factored),
             optax.ScaleByAdamState(state.count, state.mu, state.nu),
@@ -155,12 +163,10 @@ def scale_by_lora_pre(
         results = treedef.flatten_up_to(dense_updates)
         for i, g in enumerate(grads):
             if factored[i]:
-                results[i], *factors = _update_leaf(
-                    g.astype(jnp.float32),
-                    *(column[i] for column in columns),
-                    dense.count,
-                    *(b1, b2, eps, eps_root, damping),
-                    bias_correction=bias_correction,
+                results[i], *factors = meshes.auto_sharded(
+                    functools.partial(_update_leaf, bias_correction=bias_correction),
+                    [g.astype(jnp.float32), *(column[i] for column in columns)],
+                    scalars | {"count": dense.count},
                 )
                 for column, factor in zip(columns, factors, strict=True):
                     column[i] = factor

@@ -2,13 +2,13 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_flash import meshes
 from optax_flash.lowrank import _factors, _newton, lora_pre
 from optax_flash.lowrank._factors import Rank, Where
 from optax_flash.transforms import _arguments, _boxes, _dtypes, _init, _mirror
@@ -139,15 +139,23 @@ def scale_by_lora_pre_muon(
             is_factored = hasattr(lefts[i], "shape")
             g = _dtypes.as_dtype(g, jnp.float32 if is_factored else mus[i].dtype)
             if is_factored:
-                mu, lefts[i], rights[i] = _update_factored(
-                    g, lefts[i], rights[i], momentum, damping
+                mu, lefts[i], rights[i] = meshes.auto_sharded(
+                    _update_factored,
+                    [g, lefts[i], rights[i]],
+                    {"momentum": momentum, "damping": damping},
                 )
             else:
                 mu = mus[i] = momentum * mus[i] + g
             results.append(momentum * mu + g if nesterov else mu)
+
+        def orthogonal(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(
+                treedef.flatten_up_to(orthogonalize(treedef.unflatten(leaves)))
+            )
+
         scaled = jax.tree.map(
             lambda u: _shape_scale(u.shape, consistent_rms) * u,
-            _with_auto_axes(orthogonalize, treedef.unflatten(results)),
+            treedef.unflatten(meshes.auto_sharded(orthogonal, results)),
         )
         scaled = _dtypes.cast_updates(scaled, updates, params)
         return scaled, ScaleByLoraPreMuonState(
@@ -166,14 +174,6 @@ def _update_factored(
     mu = momentum * _newton.product(left, right) + g
     target = g / (1 - momentum)
     return mu, *_newton.newton_step(left, right, target, momentum**0.5, damping)
-
-
-def _with_auto_axes(f: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
-    """Runs ``f``, which names no shardings, on arrays that may be on explicit axes."""
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
-    if all(s.is_fully_replicated for s in jax.tree.leaves(shardings)):
-        return f(tree)
-    return jax.sharding.auto_axes(f, out_sharding=shardings)(tree)
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms: Scalar | None) -> Scalar:
