@@ -1,6 +1,6 @@
 """Odd shapes and extreme numbers: the right result, or a loud one; never a silent one.
 
-NaN and inf have tests of their own in test_nonfinite.py, codecs alone in numerics/.
+NaN and inf have tests of their own in test_nonfinite.py, codecs alone in codecs/.
 """
 
 import jax

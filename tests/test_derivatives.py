@@ -288,6 +288,28 @@ def test_kernels_compute_the_values_and_xla_the_derivatives():
         assert distance(*pair) < 1e-5
 
 
+def test_params_without_gradients_are_no_hindrance():
+    """Their state stays; the others' begins to carry derivatives at the first update."""
+
+    def final(make):
+        tx = optax.masked(make(0.05), {"moved": True, "still": False})
+
+        def loss(scale):
+            params = {"moved": scale * START, "still": scale * MIX}
+            state = tx.init({"moved": START, "still": MIX})
+            for _ in range(3):
+                grads = jax.grad(lambda p: inner_loss(p["moved"]))(params)
+                updates, state = tx.update(grads, state, params)
+                moved = optax.apply_updates(params["moved"], updates["moved"])
+                params = params | {"moved": moved}
+            return outer_loss(params["moved"])
+
+        return jax.grad(loss)(1.0)
+
+    found, expected = final(compressed("adam")), final(STOCK["adam"])
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
 @pytest.mark.full
 def test_factors_in_codes_carry_them_too():
     def low_rank(lr, min_size=64):

@@ -392,6 +392,8 @@ def swapped_calls(folder):
     tx, stock = master_weights(optax_flash.adamw8(1e-3)), optax.adam(1e-3)
     state, stock_state = tx.init(params), stock.init(float32)
     of, path = optax_flash, folder / "weights"
+    yield "compress(inner, codecs)", lambda: of.compress("affine8", stock)
+    yield "master_weights(inner, bits)", lambda: of.master_weights(24, stock)
     with of.Checkpoints(folder, tx, params) as checkpoints:
         yield "master_params(state, params)", lambda: of.master_params(params, state)
         yield "changed_params(state, params)", lambda: of.changed_params(params, state)

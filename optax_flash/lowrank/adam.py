@@ -155,7 +155,7 @@ def scale_by_lowrank_adam(
         )
 
     def init(params: optax.Params) -> PyTree:
-        _mirror.check_arrays(params, "lowrank_adam")
+        _mirror.check_arrays(params, "scale_by_lowrank_adam")
         params = _init.as_arrays(params)
         rows = []
         for path, p in zip(
@@ -247,14 +247,16 @@ def scale_by_lowrank_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PyTree]:
         del extra_args
-        _arguments.check_made_by_init(ScaleByLowrankAdamState, state, "lowrank_adam")
+        _arguments.check_made_by_init(
+            ScaleByLowrankAdamState, state, "scale_by_lowrank_adam"
+        )
         # Every param is in one of the two.
         whole = jax.tree.map(
             lambda dense, left: left if _is_absent(dense) else dense,
             *(state.mu, state.mu_left),
             is_leaf=_is_absent,
         )
-        _mirror.check_mirrors(whole, updates, "lowrank_adam: the gradients")
+        _mirror.check_mirrors(whole, updates, "scale_by_lowrank_adam: the gradients")
         updates = _init.as_arrays(updates)
         count = optax.safe_increment(state.count)
 
@@ -363,10 +365,10 @@ def _check(
     oversampling: int,
     power_iterations: int,
 ) -> None:
-    _factors.check_rank("lowrank_adam", rank)
+    _factors.check_rank("scale_by_lowrank_adam", rank)
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"lowrank_adam: strategy is {strategy!r}. Choose one of "
+            f"scale_by_lowrank_adam: strategy is {strategy!r}. Choose one of "
             f"{', '.join(map(repr, STRATEGIES))}."
         )
     for name, value, least in (
@@ -376,11 +378,13 @@ def _check(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(
-                f"lowrank_adam: {name} is {value!r}. Give a whole number of at least "
-                f"{least}; under optax.inject_hyperparams name it in static_args."
+                f"scale_by_lowrank_adam: {name} is {value!r}. Give a whole number of "
+                f"at least {least}; under optax.inject_hyperparams name it in "
+                "static_args."
             )
     if refresh_every != 1 and strategy != "periodic":
         raise ValueError(
-            f"lowrank_adam: refresh_every={refresh_every} has no meaning for strategy "
-            f"{strategy!r}, which finds a basis at every step. Use 'periodic', or 1."
+            f"scale_by_lowrank_adam: refresh_every={refresh_every} has no meaning for "
+            f"strategy {strategy!r}, which finds a basis at every step. Use "
+            "'periodic', or 1."
         )

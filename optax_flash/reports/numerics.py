@@ -98,8 +98,7 @@ def numerics_report(
         2^{-8} & \text{bfloat16 alone}
       \end{cases}
 
-    The transformation is needed beside the state: it makes the step, and the state
-    does not say which codecs its bytes are of.
+    The transformation is needed beside the state: it makes the step.
 
     Pure; meant for ``jax.jit``. The update is computed once more, and the new state
     not at all, so it costs about what a step does, and no memory for another state.

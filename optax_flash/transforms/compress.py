@@ -150,6 +150,7 @@ def compress(
       bitsandbytes (arXiv 2110.02861) and FlashOptim (arXiv 2602.23349); error feedback
       that of 1-bit SGD (Seide et al., 2014), which keeps errors in an array of its own.
     """
+    _arguments.check_transformation(inner, (codecs,), "compress(inner, codecs)")
     inner = with_extra_args(inner)
     rules = Rules.parse(codecs, min_size)
     fuse.check_implementation(implementation)
@@ -239,6 +240,11 @@ def compress(
         new_updates, new_state = fuse.run(
             step, updates, state, params, implementation=implementation, names=paths
         )
+        if state.carried is None:
+            # What begins to be carried here has no column to be put into.
+            carried = new_state.carried
+            widened = widen(new_state._replace(carried=None))
+            return new_updates, widened._replace(carried=carried)
         return new_updates, widen(new_state)
 
     return _boxes.taken(optax.GradientTransformationExtraArgs(init, update))

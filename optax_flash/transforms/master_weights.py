@@ -130,6 +130,7 @@ def master_weights(
       Weight splitting: FlashOptim (arXiv 2602.23349). Pieces of the float's own bits:
       "param remainders" of NVIDIA's TransformerEngine.
     """
+    _arguments.check_transformation(inner, (bits,), "master_weights(inner, bits)")
     inner = with_extra_args(inner)
     residual_codec = residuals.get_residual_codec(codec, bits)
     fuse.check_implementation(implementation)

@@ -67,10 +67,10 @@ def choose(
         return _named(program, implementation, target), "asked for"
     absences: list[str] = []
     for backend in TABLE:
-        if backend.by_name_only or not backend.runs_on(target.platform):
+        if backend.by_name_only or backend.name == "xla":
             continue
-        if backend.name == "xla":
-            break
+        if not backend.runs_on(target.platform):
+            continue
         if absent := backend.functions.absent():
             absences.insert(0, absent)
             continue
@@ -90,7 +90,9 @@ def _named(program: Program, implementation: str, target: Target) -> Backend:
     found = [x for x in TABLE if x.name == implementation]
     for_platform = [x for x in found if x.runs_on(target.platform)]
     if not for_platform:
-        platforms = [PLATFORMS[name] for x in found for name in x.platforms or ()]
+        platforms = [
+            PLATFORMS.get(name, name) for x in found for name in x.platforms or ()
+        ]
         raise ValueError(
             f"implementation={implementation!r} needs {' or '.join(platforms)}, but "
             f"this is compiled for {target.platform}. implementation=None takes what "

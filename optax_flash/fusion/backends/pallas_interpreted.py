@@ -7,15 +7,13 @@ from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.tiles import Shard
 
-
-def absent() -> None:
-    """Pallas is a part of JAX."""
+absent = pallas_triton.absent
 
 
 def unsupported(program: Program, target: Target | None) -> str | None:
     """Why it cannot run a program; None if it can."""
     del target
-    return unsupported_by_kernels(program)
+    return unsupported_by_kernels(program) or absent()
 
 
 def run(shards: list[Shard], target: Target) -> list[list[jax.Array]]:

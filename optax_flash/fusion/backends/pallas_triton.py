@@ -7,7 +7,6 @@ jax 0.11 deprecates this way of lowering; ``triton`` does without it.
 
 import contextlib
 import functools
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from optax_flash.fusion.backends import gpu as gpus
@@ -36,6 +34,11 @@ from optax_flash.fusion.launch import (
 from optax_flash.fusion.program import Program
 from optax_flash.fusion.tiles import MaskedIndices, Shard
 
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:
+    plgpu: Any = None
+
 UNSUPPORTED = frozenset({"erf", "round"})
 """The elementwise primitives that Pallas cannot lower to Triton."""
 
@@ -45,7 +48,7 @@ UNSUPPORTED_IN_16_BITS = frozenset({"div", "logistic"})
 
 def absent() -> str | None:
     """Why it cannot be used here; None if it can. JAX will drop it."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+    if plgpu is None:
         return "this release of JAX does not lower Pallas through Triton"
     return None
 
