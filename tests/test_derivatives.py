@@ -289,7 +289,7 @@ def test_kernels_compute_the_values_and_xla_the_derivatives():
 
 
 def test_params_without_gradients_are_no_hindrance():
-    """Their state stays; the others' begins to carry derivatives at the first update."""
+    """Their state stays; the others' begins to carry derivatives at once."""
 
     def final(make):
         tx = optax.masked(make(0.05), {"moved": True, "still": False})
