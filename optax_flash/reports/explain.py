@@ -177,7 +177,11 @@ def _kind(
     shape = leaf.results[0].aval.shape
     if leaf.program is None:
         return shape, "xla", leaf.reason, None
-    backend, reason = choose(leaf.program, implementation, target)
+    try:
+        backend, reason = choose(leaf.program, implementation, target)
+    except ValueError as error:
+        # Of one asked for by name. An update there raises the same.
+        return shape, implementation, f"asked for, and raises: {error}", leaf.program
     if leaf.reason and backend.name != "xla":
         reason = reason.replace("elementwise", leaf.reason, 1)
     return shape, backend.name, reason, leaf.program

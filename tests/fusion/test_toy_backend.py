@@ -60,3 +60,5 @@ def test_elsewhere_it_is_an_error_that_says_where():
     traced = jax.jit(tx.update).trace(params, tx.init(params), params)
     with pytest.raises(ValueError, match="'toy' needs a CPU.* compiled for tpu"):
         traced.lower(lowering_platforms=("tpu",))
+    (path,) = optax_flash.explain(tx, params, platform="tpu").paths
+    assert path.implementation == "toy" and "raises: " in path.reason
