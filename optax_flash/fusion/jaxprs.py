@@ -1,8 +1,5 @@
 """Jaxprs: jax's types of them, and what the passes read, cut and evaluate them with.
 
-No other module of the library imports ``jax.extend.core``, which jax may change in any
-release.
-
 Here and in other files equations and variables are often ``Any``: by jax's annotations
 the type of a variable has no shape and no dtype.
 """
@@ -11,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend import core
+
+from optax_flash.fusion.unstable import core
 
 ClosedJaxpr = core.ClosedJaxpr
 Jaxpr = core.Jaxpr

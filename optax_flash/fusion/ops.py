@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad, batching, mlir
 
 from optax_flash.codecs import arithmetic, groups, hashing
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion.jaxprs import ClosedJaxpr, Primitive, as_fun
+from optax_flash.fusion.unstable import ad, batching, mlir
 
 
 @dataclasses.dataclass

@@ -19,17 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    SdyShardingRule,
-    custom_partitioning,
-)
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_flash import meshes
 from optax_flash.fusion.jaxprs import Jaxpr
 from optax_flash.fusion.program import Program, Role
 from optax_flash.fusion.tiles import Origin, Shard
+from optax_flash.fusion.unstable import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
 
 Programs = tuple[Program, ...]
 Kernel = Callable[[list[Shard]], list[list[jax.Array]]]

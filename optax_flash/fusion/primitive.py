@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.interpreters import mlir
 
 from optax_flash.fusion import backends, ops, partition
 from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import xla
 from optax_flash.fusion.jaxprs import Jaxpr, Primitive
 from optax_flash.fusion.program import Program, whole
+from optax_flash.fusion.unstable import mlir
 
 Programs = tuple[Program, ...]
 

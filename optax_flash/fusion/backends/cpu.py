@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from optax_flash.codecs import arithmetic
 from optax_flash.codecs.base import Codec
@@ -36,6 +35,7 @@ from optax_flash.fusion.launch import tile_operands
 from optax_flash.fusion.ops import Encode, Tile, op_p
 from optax_flash.fusion.program import Program, Role, evaluate
 from optax_flash.fusion.tiles import Layout, Origin, Shard, from_tile, to_tile
+from optax_flash.fusion.unstable import set_xla_metadata
 
 
 def absent() -> None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-from jax.interpreters import mlir
 
 from optax_flash.fusion.jaxprs import Primitive
+from optax_flash.fusion.unstable import mlir
 
 
 class Gpu(NamedTuple):
