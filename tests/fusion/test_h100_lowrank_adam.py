@@ -22,7 +22,7 @@ STRATEGIES = {"randomized": 1, "periodic": 200, "online": 1}
 def compiled(strategy, mesh=None, spec=(), shape=(SIDE, SIDE), dtype=jnp.bfloat16):
     mesh = mesh or mesh_of()
     tx = optax_flash.scale_by_lowrank_adam(
-        RANK, strategy=strategy, refresh_every=STRATEGIES[strategy]
+        rank=RANK, strategy=strategy, refresh_every=STRATEGIES[strategy]
     )
     grads = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
     state = jax.eval_shape(tx.init, grads)
