@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_flash
+import optax_flash.flax
 from optax_flash import Affine8, Companded8, compress, master_weights
 
 PARAMS = {"layer": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
@@ -392,6 +394,12 @@ def swapped_calls(folder):
     tx, stock = master_weights(optax_flash.adamw8(1e-3)), optax.adam(1e-3)
     state, stock_state = tx.init(params), stock.init(float32)
     of, path = optax_flash, folder / "weights"
+    create = optax_flash.flax.TrainState.create
+    call = "TrainState.create(apply_fn=..., params=params, tx=tx)"
+    yield call, lambda: create(apply_fn=None, params=tx, tx=params)
+    model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    call = "Optimizer(model, tx, wrt=...)"
+    yield call, lambda: optax_flash.flax.Optimizer(stock, model)
     yield "compress(inner, codecs)", lambda: of.compress("affine8", stock)
     yield "master_weights(inner, bits)", lambda: of.master_weights(24, stock)
     with of.Checkpoints(folder, tx, params) as checkpoints:
@@ -427,6 +435,7 @@ def swapped_calls(folder):
         yield call, lambda: of.release.layer(jnp.sum, "w")
         yield "scan(name, function)", lambda: of.release.scan(jnp.sum, "w")
         yield "plan(model, optimizer)", lambda: of.plan.plan(stock, float32)
+        yield "plan(model, optimizer)", lambda: of.plan.plan(stock, "gpt2-124m")
         call = "to_optax_state(tx, state, params)"
         yield call, lambda: of.to_optax_state(tx, params, state)
         yield call, lambda: of.to_optax_state(params, state, tx)

@@ -18,7 +18,7 @@ from optax_flash.flax.precision import (
 )
 from optax_flash.release import Sequence, train_step
 from optax_flash.sharding import tree_sharding
-from optax_flash.transforms import _init
+from optax_flash.transforms import _arguments, _init
 from optax_flash.transforms.master_weights import master_params, set_master_params
 
 
@@ -81,6 +81,8 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: ``keep_float32`` is another string.
         """
+        call = "TrainState.create(apply_fn=..., params=params, tx=tx)"
+        _arguments.check_transformation(tx, (params,), call)
         weights = _init.as_arrays(_trained(params))
         kept = kept_by(keep_float32, weights)
         half = cast_trained(tx, weights, param_dtype, kept)

@@ -15,6 +15,7 @@ from optax_flash.flax.precision import (
     kept_by,
     with_master_weights,
 )
+from optax_flash.transforms import _arguments
 from optax_flash.transforms.master_weights import master_params, set_master_params
 
 M = TypeVar("M", bound=nnx.Module)
@@ -78,6 +79,7 @@ class Optimizer(nnx.Optimizer[M], Generic[M]):
         Raises:
           ValueError: ``keep_float32`` is another string.
         """
+        _arguments.check_transformation(tx, (model,), "Optimizer(model, tx, wrt=...)")
         weights = nnx.as_pure(nnx.state(model, wrt))
         kept = kept_by(keep_float32, model, wrt)
         half = cast_trained(tx, weights, param_dtype, kept)

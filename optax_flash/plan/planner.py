@@ -82,7 +82,7 @@ def plan(
       >>> plan("llama-3.1-8b", "adamw", "h100-80gb", length=2048).fits
       False
     """
-    if not isinstance(optimizer, str):
+    if not isinstance(optimizer, str) or _arguments.is_transformation(model):
         call = "plan(model, optimizer)"
         _arguments.check_transformation(optimizer, (model,), call)
     if isinstance(device, str):

@@ -16,9 +16,9 @@ def check_transformation(tx: Any, others: tuple[Any, ...], call: str) -> None:
       others: the arguments that it may have been swapped with.
       call: the right one, for the message.
     """
-    if _is_transformation(tx):
+    if is_transformation(tx):
         return
-    if any(map(_is_transformation, others)):
+    if any(map(is_transformation, others)):
         raise TypeError(f"The arguments are swapped: call {call}.")
     raise TypeError(
         f"tx is of type {type(tx).__name__}, not an optax transformation. Call {call}."
@@ -248,5 +248,6 @@ def _is_state(node: Any) -> bool:
     return not isinstance(node, others)
 
 
-def _is_transformation(x: Any) -> bool:
+def is_transformation(x: Any) -> bool:
+    """Whether it has what an optax transformation has."""
     return all(callable(getattr(x, name, None)) for name in ("init", "update"))
