@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_flash.fusion import fuse, rounding, untraced
 from optax_flash.fusion import program as programs
-from optax_flash.fusion import rounding, untraced
 from optax_flash.fusion.jaxprs import (
     ClosedJaxpr,
     Jaxpr,
@@ -126,7 +126,7 @@ def with_feedback(
     except untraced.ERRORS:
         # It still runs with values, where this is no part of another trace.
         updates, new_state = update(state)
-        untraced.leave_out("error feedback")
+        fuse.leave_out("error feedback")
         return updates, new_state, NONE
     updates, new_state = structure
     # Evaluated in parts, effects would happen several times; and gains are looked up by

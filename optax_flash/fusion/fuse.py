@@ -50,9 +50,11 @@ class _Unfused(NamedTuple):
 
     Attributes:
       dry: they are only looked at, see :func:`dry`.
+      left_out: what needs a trace, and does not run.
     """
 
     dry: bool
+    left_out: set[str]
 
 
 Watched = list[tuple[splits.LeafUpdate, str | None]]
@@ -91,13 +93,20 @@ def dry() -> contextlib.AbstractContextManager[None]:
 
     For a look at the updates, with neither the cost nor the memory of a new state.
     """
-    return _inside(_Unfused(dry=True))
+    return _inside(_Unfused(True, set()))
 
 
 def is_dry() -> bool:
     """Whether an update is only to be looked at."""
     around = _around.get()
     return isinstance(around, _Unfused) and around.dry
+
+
+def leave_out(what: str) -> None:
+    """Says of a part of an update that it needs a trace, and does not run here."""
+    around = _around.get()
+    if isinstance(around, _Unfused):
+        around.left_out.add(what)
 
 
 def is_differentiated() -> bool:
@@ -147,30 +156,33 @@ def run(
         leaf.
       TypeError: the update takes values of arrays, and is to be compiled.
     """
-    with meshes.context_of(jax.tree.leaves((updates, state, params))):
-        return _run(update, updates, state, params, implementation, names, in_place_of)
-
-
-def _run(
-    update: Update,
-    updates: PyTree,
-    state: PyTree,
-    params: PyTree,
-    implementation: str | None,
-    names: list[str],
-    in_place_of: str,
-) -> tuple[PyTree, PyTree]:
     around = _around.get()
     if isinstance(around, _Trace):
         if implementation is not None:
             around.implementations.add(implementation)
         if around.is_here():
             return update(around.start, updates, state, params)
-    if isinstance(around, _Trace | _Unfused):
-        start = hashing.start(optax.safe_increment(state.step))
-        return update(start, updates, state, params)
-
     operands, treedef = jax.tree.flatten((updates, state, params))
+    with meshes.context_of(operands):
+        if isinstance(around, _Trace | _Unfused):
+            start = hashing.start(optax.safe_increment(state.step))
+            return update(start, updates, state, params)
+        return _fused(
+            update, operands, treedef, around, implementation, names, in_place_of
+        )
+
+
+def _fused(
+    update: Update,
+    operands: list[Any],
+    treedef: Any,
+    watched: Watched | None,
+    implementation: str | None,
+    names: list[str],
+    in_place_of: str,
+) -> tuple[PyTree, PyTree]:
+    """The outermost update, from the leaves of its updates, state and params."""
+    updates, state, params = jax.tree.unflatten(treedef, operands)
     operands = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
 
     def traced(differentiated: bool) -> tuple[ClosedJaxpr, Any, set[str]]:
@@ -194,9 +206,11 @@ def _run(
         closed = jax.make_jaxpr(flat)(*operands)
         return closed, structure[0], trace.implementations
 
+    unfused = _Unfused(False, set())
+
     def step_by_step() -> tuple[PyTree, PyTree]:
         start = hashing.start(optax.safe_increment(state.step))
-        with _inside(_Unfused(dry=False)):
+        with _inside(unfused):
             return update(start, updates, state, params)
 
     differentiated = moves(operands)
@@ -206,7 +220,9 @@ def _run(
             # By a hyperparameter, for example, that the transformation was made with.
             closed, structure, implementations = traced(True)
     except untraced.ERRORS as error:
-        return untraced.run(step_by_step, error, operands, implementation)
+        return untraced.run(
+            step_by_step, unfused.left_out, error, operands, implementation
+        )
     out_treedef, new_state = structure
     sizes = [len(jax.tree.leaves(x)) for x in (updates, state, params)]
     n_updates = out_treedef.num_leaves - new_state.num_leaves
@@ -222,7 +238,7 @@ def _run(
         closed,
         [*closed.consts, *operands],
         _one(implementations),
-        around,
+        watched,
     )
     return jax.tree.unflatten(out_treedef, results)
 

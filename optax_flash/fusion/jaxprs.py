@@ -60,9 +60,15 @@ def bind(eqn: Any, args: list[Any]) -> list[Any]:
       eqn: the equation.
       args: the values of its operands; those of literals are ignored.
     """
+    jaxpr, values = alone(eqn, args)
+    return as_fun(jaxpr)(*values)
+
+
+def alone(eqn: Any, args: list[Any]) -> tuple[core.Jaxpr, list[Any]]:
+    """The jaxpr of one equation, and the values of its operands; see :func:`bind`."""
     # A variable may be several operands.
     values = {x: arg for x, arg in zip(eqn.invars, args, strict=True) if is_variable(x)}
-    return as_fun(jaxpr_of([*values], eqn.outvars, [eqn]))(*values.values())
+    return jaxpr_of([*values], eqn.outvars, [eqn]), [*values.values()]
 
 
 def evaluate(

@@ -17,9 +17,9 @@ from optax_flash.fusion import program as programs
 from optax_flash.fusion.jaxprs import (
     ClosedJaxpr,
     Env,
+    alone,
     bind,
     is_variable,
-    jaxpr_of,
     read,
 )
 from optax_flash.fusion.ops import Decode, Elementwise, Tile, Within, op_p
@@ -201,6 +201,5 @@ def _on_slice(eqn: Any, args: list[Any]) -> Any:
         return bind(eqn, args)
     # Elementwise equations do not ask for global indices.
     tile = Tile((1, *shape[1:]), None, None)  # pyright: ignore
-    given = {x: arg for x, arg in zip(eqn.invars, args, strict=True) if is_variable(x)}
-    jaxpr = jaxpr_of([*given], eqn.outvars, [eqn])
-    return programs.evaluate(jaxpr, tile, list(given.values()))
+    jaxpr, values = alone(eqn, args)
+    return programs.evaluate(jaxpr, tile, values)

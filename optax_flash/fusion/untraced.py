@@ -1,8 +1,7 @@
 """Updates that jax cannot trace, as they compute with NumPy or Python's numbers."""
 
-import contextvars
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, TypeVar
 
 import jax
@@ -32,20 +31,9 @@ class CannotTrace(TypeError):
     """An update takes values of arrays where they have none."""
 
 
-_left_out: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
-    "optax_flash_left_out", default=None
-)
-
-
-def leave_out(what: str) -> None:
-    """Says of a part of the update that it needs a trace, and does not run here."""
-    left_out = _left_out.get()
-    if left_out is not None:
-        left_out.add(what)
-
-
 def run(
     function: Callable[[], T],
+    left_out: Set[str],
     error: Exception,
     operands: Iterable[Any],
     implementation: str | None,
@@ -54,6 +42,7 @@ def run(
 
     Args:
       function: runs it on the operands.
+      left_out: what needs a trace and did not run, once the function has returned.
       error: what tracing raised.
       operands: arrays.
       implementation: what was asked for.
@@ -69,14 +58,10 @@ def run(
         ) from error
     if any(isinstance(x, jax.core.Tracer) for x in operands):
         raise CannotTrace(f"The update cannot be traced: {ADVICE}.") from error
-    left_out: set[str] = set()
-    token = _left_out.set(left_out)
     try:
         results = function()
     except ERRORS:
         raise CannotTrace(f"The update cannot be traced: {ADVICE}.") from error
-    finally:
-        _left_out.reset(token)
     without = f"without {' and '.join(sorted(left_out))}, " if left_out else ""
     warnings.warn(
         "The update is slow, and needs memory for a whole state that is not in codes: "

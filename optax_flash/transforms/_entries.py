@@ -169,6 +169,7 @@ def stored_as(
 def other_shape(
     path: str, shape: tuple[int, ...], field: Field, of_init: tuple[int, ...]
 ) -> ValueError:
+    """Of a gradient whose shape is not that of the param that init saw."""
     return ValueError(
         f"compress: {path!r} has shape {list(shape)}, but {field.name!r} of the state "
         f"{list(of_init)}. Pass gradients of the shapes of the params that init saw; "
