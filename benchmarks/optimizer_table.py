@@ -75,7 +75,7 @@ NOTES = """\
   GaLore, compress the base optimizer.
 - Adafactor's momentum in 4 bits, and what the rest costs: [adafactor.md](adafactor.md).
 - `contrib.dpsgd` takes a gradient for each example: aggregate before `compress`.
-- A field that nobody knows is compressed when it is named, as in
+- An unknown field is compressed when it is named, as in
   `compress(optax.contrib.prodigy(), {"grad_sum": "companded8"})`.
 """
 

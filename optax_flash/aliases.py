@@ -520,7 +520,7 @@ def lora_pre_adamw(
     r"""AdamW with low-rank moments for matrices, and all of its state in 8-bit codes.
 
     ``compress(chain(scale_by_lora_pre, add_decayed_weights, scale_by_learning_rate))``.
-    A matrix (p, q) takes 2 rank (p + q) codes in the place of 2 p q; ``codecs`` that
+    A matrix (p, q) takes 2 rank (p + q) codes instead of 2 p q; ``codecs`` that
     give None for ``"mu_left"``, ``"mu_right"``, ``"nu_left"`` and ``"nu_right"`` keep
     factors in float32. So do factors under 4,096 elements.
 
@@ -739,8 +739,8 @@ def lowrank_adamw(
     r"""AdamW with moments of low rank, and all of its state in 8-bit codes.
 
     :func:`scale_by_lowrank_adam`, weight decay and the learning rate, under
-    :func:`compress`. A factored p by q matrix keeps ``2 * rank * (p + q)`` codes in the
-    place of ``2 * p * q``. With ``"periodic"`` factors stay in float32: between two
+    :func:`compress`. A factored p by q matrix keeps ``2 * rank * (p + q)`` codes
+    instead of ``2 * p * q``. With ``"periodic"`` factors stay in float32: between two
     refreshes a basis is not made orthonormal again.
 
     Args:

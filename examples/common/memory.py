@@ -29,7 +29,7 @@ def live_bytes(state, *, released: bool = False) -> dict[str, int]:
 def peak_bytes(live: dict[str, int], step: stages.Compiled) -> dict[str, Any]:
     """What a step needs: "live" arrays, "compiled" in all, and at the "allocator".
 
-    "compiled" is what XLA says: arguments, results that are in the place of none, and
+    "compiled" is what XLA says: arguments, results that reuse no argument's buffer, and
     temporaries, activations among them. "allocator" is the most that the first device
     ever held; None for devices that do not count, as CPUs.
     """

@@ -18,7 +18,7 @@ influence that grows, as in a warmup, counts as constant.
 
 Only :math:`l` and :math:`l'` are computed for every element. What is kept, and how
 influence changes with time, are scalars of a leaf, computed as if all arrays held ones:
-counts and learning rates act on all elements alike, but for an epsilon.
+counts and learning rates act on all elements alike, except for an epsilon.
 
 Derivatives are those of an element by itself. Where elements mix, in a norm or a matrix
 product, there are none.

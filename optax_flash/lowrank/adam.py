@@ -87,7 +87,7 @@ def scale_by_lowrank_adam(
     .. math::
       V_t \ge \frac{(1 - \beta_2)(1 - \beta_1^2 / \beta_2)}{(1 - \beta_1)^2} M_t^2
 
-    At full rank the step is Adam's, but for rounding.
+    At full rank the step is Adam's, except for rounding.
 
     Factored are leaves of two axes or more, as batches of matrices over the leading
     ones, if the rank is no larger than the smaller side, that side no smaller than

@@ -32,7 +32,7 @@ class Plan:
         temporaries, less what is aliased.
       gradients: bytes of gradients held then, by "all at once" and "released".
       activations: bytes of activations then, by "kept" and "rematerialized"; empty for
-        params without an architecture, whose activations nobody knows.
+        params without an architecture, whose activations are unknown.
       device: the device.
       usable: bytes of it that a step may take.
       largest_batch: of the examples that fit, on all devices together; None where

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from optax_flash.codecs import groups
-from optax_flash.codecs import residual as weights
+from optax_flash.codecs.residual import codec_of, half_code, is_split
 from optax_flash.fusion import fuse
 from optax_flash.reports import table
 from optax_flash.transforms import _arguments, _entries, _init, _inside, _mirror
@@ -159,8 +159,8 @@ def numerics_report(
         if not p.size or not jnp.issubdtype(p.dtype, jnp.floating):
             continue
         step = jnp.abs(update.astype(jnp.float32))
-        half = weights.half_code(p, r)
-        noisy = r is not None and weights.codec_of(r).is_stochastic(p.dtype)
+        half = half_code(p, r)
+        noisy = r is not None and codec_of(r).is_stochastic(p.dtype)
         small = (step > 0) & (step < half)
         square, mean_half, share = _means(jnp.square(step), half, small)
         report.update_rms[path] = jnp.sqrt(square)
@@ -188,7 +188,7 @@ def _residuals(state: optax.OptState, params: optax.Params) -> list[Any]:
     for node in _mirror.nodes(state, MasterWeightsState):
         _mirror.check_mirrors(node.residual, params, "numerics_report: the params")
         for i, r in enumerate(_mirror.entries(node.residual, params)):
-            if hasattr(r, "dtype") and weights.is_split(leaves[i]):
+            if hasattr(r, "dtype") and is_split(leaves[i]):
                 residuals[i] = r
     return residuals
 
@@ -207,7 +207,7 @@ def _updates(
     rows = zip(leaves, residuals, structure.flatten_up_to(grads), strict=True)
     for p, r, g in rows:
         # master_weights has nothing to round where it gets the weights themselves.
-        weights32.append(p if r is None else weights.codec_of(r).join(p, r))
+        weights32.append(p if r is None else codec_of(r).join(p, r))
         grads32.append(g if r is None else g.astype(jnp.float32))
     with fuse.dry():
         updates, _ = with_extra_args(tx).update(

@@ -36,7 +36,7 @@ class Functions(Protocol):
 
         Args:
           program: of a leaf.
-          target: None while an update is traced, when nobody knows it yet.
+          target: None while an update is traced, before it is known.
         """
         ...
 
