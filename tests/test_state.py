@@ -168,7 +168,7 @@ class TestFlaxSerialization:
     def test_of_format_1_is_refused(self):
         tx, params = optax_flash.adamw8(1e-2), make()
         saved = optax_flash.state_format(tx, params) | {"version": 1}
-        with pytest.raises(ValueError, match="format version 1, this.*reads 2"):
+        with pytest.raises(ValueError, match="format version 1, this.*reads 3"):
             optax_flash.check_format(saved, tx, params)
 
 

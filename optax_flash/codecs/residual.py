@@ -1,16 +1,18 @@
 r"""Splitting a float32 weight into a 16-bit param and an 8- or 16-bit residual.
 
-The bits of a float, read as an integer, count the floats in order. Let :math:`E(w)`
-be that count for float32 (for a float16 param: for the format with float16's exponent
-and 23 bits of mantissa). A param is the count divided by :math:`2^m`, rounded half up,
-with ``m`` the mantissa bits that it lacks (16 for bfloat16, 13 for float16), and the
-residual is what is left, in units of half a step of the param over 128 (8 bits) or in
-single counts (16 bits):
+The bits of a float are its sign and a count of the magnitudes below its own. Let
+:math:`E(w)` be the count for float32 (for a float16 param: for the format with float16's
+exponent and 23 bits of mantissa). A param is the count divided by :math:`2^m`, rounded
+half up, with ``m`` the mantissa bits that it lacks (16 for bfloat16, 13 for float16).
+The residual is what is left, plus a half so that it is never negative, in units of a
+128th of half a step of the param (8 bits) or in single counts (16 bits):
 
-.. math:: E(w) = 2^m E(p) + r
+.. math:: E(w) + 2^{m - 1} = 2^m E(p) + r, \qquad 0 \le r < 2^m
 
-All of it is integer arithmetic: exact for every float, subnormals and powers of two
-included, and untouched by a compiler's freedom to keep excess precision.
+So the param is the upper half of a sum's bits, the residual lies right below, and a
+kernel puts both together by moving bytes. All of it is integer arithmetic: exact for
+every float, subnormals and powers of two included, and untouched by a compiler's freedom
+to keep excess precision.
 """
 
 import abc
@@ -60,6 +62,10 @@ class ResidualCodec(abc.ABC):
     @abc.abstractmethod
     def dtype(self) -> np.dtype:
         """The residual's dtype. Each codec has its own, so an array tells which."""
+
+    @abc.abstractmethod
+    def zero(self, dtype: DTypeLike) -> int:
+        """The residual of weights that are their params of ``dtype``."""
 
     @abc.abstractmethod
     def split(
@@ -121,47 +127,42 @@ class ExactResidual(ResidualCodec):
     def dtype(self) -> np.dtype:
         return np.dtype(np.uint8 if self.bits == 24 else np.uint16)
 
+    def zero(self, dtype: DTypeLike) -> int:
+        missing = _MISSING_BITS[np.dtype(dtype)]
+        return 1 << (missing - 1 - self._dropped(missing))
+
     def split(
         self, weight: jax.Array, dtype: DTypeLike, bits: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         missing = _MISSING_BITS[np.dtype(dtype)]
-        negative, count = _to_count(weight, dtype)
-        count = self._round(count, missing, bits)
-        # Half way, the param goes towards +inf: the residual's range has one step more
-        # below zero than above.
-        half = np.int32(1 << (missing - 1)) - negative.astype(jnp.int32)
-        param = (count + half) >> missing
-        residual = (count - (param << missing)) >> self._dropped(missing)
-        residual = jnp.where(negative, -residual, residual)
-        return _param_from_count(negative, param, dtype), self._store(residual)
+        dropped = self._dropped(missing)
+        pieces = _to_count(weight, dtype) + self._half_and_noise(missing, bits)
+        param = lax.bitcast_convert_type(
+            (pieces >> missing).astype(jnp.int16), np.dtype(dtype)
+        )
+        residual = (pieces >> dropped) & np.int32((1 << (missing - dropped)) - 1)
+        return param, residual.astype(self.dtype)
 
     def residual(
         self, weight: jax.Array, param: jax.Array, bits: jax.Array | None = None
     ) -> jax.Array:
         missing = _MISSING_BITS[param.dtype]
-        dropped = self._dropped(missing)
-        negative, count = _to_count(weight, param.dtype)
-        count = self._round(count, missing, bits) >> dropped
-        count = jnp.where(negative, -count, count)
-        param_negative, param_count = _param_to_count(param)
-        param_count = param_count << (missing - dropped)
-        param_count = jnp.where(param_negative, -param_count, param_count)
-        # Halved, for the difference of counts of opposite signs may not fit an int32.
-        far = (count >> 1) - (param_count >> 1)
-        near = jnp.abs(far) < np.int32(1 << 16)
-        return self._store(jnp.where(near, count - param_count, far))
+        count, param_count = _to_count(weight, param.dtype), _param_to_count(param)
+        rest = count - param_count + self._half_and_noise(missing, bits)
+        rest = jnp.minimum(jnp.maximum(rest, 0), np.int32((1 << missing) - 1))
+        # Of the other sign, the weight is below all that a residual can reach.
+        same_sign = (count ^ param_count) & _sign_bit(missing) == 0
+        rest = jnp.where(same_sign, rest, 0)
+        return (rest >> self._dropped(missing)).astype(self.dtype)
 
     def join(self, param: jax.Array, residual: jax.Array) -> jax.Array:
         missing = _MISSING_BITS[param.dtype]
-        negative, count = _param_to_count(param)
-        signed = lax.bitcast_convert_type(
-            residual, jnp.int8 if self.bits == 24 else jnp.int16
-        )
-        r = signed.astype(jnp.int32) << self._dropped(missing)
-        count = (count << missing) + jnp.where(negative, -r, r)
-        # Past zero, which only a saturated residual can reach, the sign turns.
-        negative = negative ^ (count < 0)
-        return _from_count(negative, jnp.abs(count), param.dtype)
+        rest = residual.astype(jnp.int32) << self._dropped(missing)
+        count, half = _param_to_count(param) + rest, np.int32(1 << (missing - 1))
+        # Less than half is there only if the param was set to zero from outside.
+        magnitude = count & ~_sign_bit(missing)
+        count = jnp.where(magnitude >= half, count - half, count)
+        return _from_count(count, param.dtype)
 
     def half_code(self, param: jax.Array, residual: jax.Array) -> jax.Array:
         # Half a unit in the last place of a float32 is 2**-24 of its power of two.
@@ -176,23 +177,14 @@ class ExactResidual(ResidualCodec):
         """How many of the missing mantissa bits the residual has no room for."""
         return max(0, missing - (8 if self.bits == 24 else 16))
 
-    def _round(
-        self, count: jax.Array, missing: int, bits: jax.Array | None
-    ) -> jax.Array:
-        dropped = self._dropped(missing)
+    def _half_and_noise(self, missing: int, bits: jax.Array | None) -> Any:
+        """What is added to a count before bits are cut off."""
+        half, dropped = np.int32(1 << (missing - 1)), self._dropped(missing)
         if not dropped:
-            return count
+            return half
         if bits is None:
-            noise = np.int32(1 << (dropped - 1))
-        else:
-            noise = (bits >> np.uint32(32 - dropped)).astype(jnp.int32)
-        return ((count + noise) >> dropped) << dropped
-
-    def _store(self, residual: jax.Array) -> jax.Array:
-        signed = jnp.int8 if self.bits == 24 else jnp.int16
-        info = jnp.iinfo(signed)
-        clipped = jnp.clip(residual, info.min, info.max).astype(signed)
-        return lax.bitcast_convert_type(clipped, self.dtype)
+            return half + np.int32(1 << (dropped - 1))
+        return half + (bits >> np.uint32(32 - dropped)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +217,10 @@ class FlashOptimResidual(ResidualCodec):
     @property
     def _levels(self) -> np.float32:
         return np.float32(127 if self.bits == 24 else 32767)
+
+    def zero(self, dtype: DTypeLike) -> int:
+        del dtype
+        return 0
 
     def split(
         self, weight: jax.Array, dtype: DTypeLike, bits: jax.Array | None = None
@@ -336,10 +332,10 @@ def round_to(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
     bfloat16 and back is not rounded at all. This is rounded always.
     """
     missing = _MISSING_BITS[np.dtype(dtype)]
-    negative, count = _to_count(weight, dtype)
+    count = _to_count(weight, dtype)
     odd = (count >> missing) & 1
     count = (count + np.int32((1 << (missing - 1)) - 1) + odd) >> missing
-    return _param_from_count(negative, count, dtype)
+    return lax.bitcast_convert_type(count.astype(jnp.int16), np.dtype(dtype))
 
 
 # A float16 is read as its own 15 bits and 13 more of mantissa. Its exponent bias is 112
@@ -347,60 +343,60 @@ def round_to(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
 _FP16_REBIAS = np.int32(112 << 23)
 _FP16_SMALLEST_NORMAL = np.float32(2**-14)
 _FP16_INF = np.int32(31 << 23)
+_FP16_NAN = np.int32(31 << 23 | 1 << 22)
 _FP32_INF = np.int32(255 << 23)
-_FP32_NAN = np.int32(0x7FC00000)
+_FP32_NAN = np.int32(255 << 23 | 1 << 22)
 
 
-def _to_count(weight: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Sign and count of a float32, read with the exponent range of ``dtype``."""
+def _sign_bit(missing: int) -> np.int32:
+    """Where a count's sign is: above the 15 bits of a param and those it lacks."""
+    return np.int32(np.uint32(1 << (15 + missing)).astype(np.int32))
+
+
+def _to_count(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The signed count of a float32, read with the exponent range of ``dtype``; int32.
+
+    All NaN become one quiet NaN: rounding up could carry a payload into the sign.
+    """
     bits = lax.bitcast_convert_type(weight, jnp.int32)
-    negative = bits < 0
+    if np.dtype(dtype) == jnp.bfloat16:
+        return jnp.where(weight == weight, bits, _FP32_NAN)
     magnitude = bits & np.int32(0x7FFFFFFF)
-    if np.dtype(dtype) == np.float16:
-        exact = jnp.minimum(jnp.abs(weight), _FP16_SMALLEST_NORMAL) * np.float32(2**37)
-        fixed = exact.astype(jnp.int32)
-        # What is cut off sets the last bit, so that a later rounding sees no false tie.
-        fixed = fixed | (fixed.astype(jnp.float32) < exact).astype(jnp.int32)
-        count = jnp.where(
-            jnp.abs(weight) < _FP16_SMALLEST_NORMAL,
-            fixed,
-            jnp.minimum(magnitude - _FP16_REBIAS, _FP16_INF),
-        )
-        nan = _FP16_INF | np.int32(1 << 22)
-    else:
-        count = magnitude
-        nan = _FP32_NAN
-    # One quiet NaN for all, or rounding up could carry a payload into the sign.
-    return negative, jnp.where(magnitude > _FP32_INF, nan, count)
+    exact = jnp.minimum(jnp.abs(weight), _FP16_SMALLEST_NORMAL) * np.float32(2**37)
+    fixed = exact.astype(jnp.int32)
+    # What is cut off sets the last bit, so that a later rounding sees no false tie.
+    fixed = fixed | (fixed.astype(jnp.float32) < exact).astype(jnp.int32)
+    count = jnp.where(
+        jnp.abs(weight) < _FP16_SMALLEST_NORMAL,
+        fixed,
+        jnp.minimum(magnitude - _FP16_REBIAS, _FP16_INF),
+    )
+    count = jnp.where(magnitude > _FP32_INF, _FP16_NAN, count)
+    return count | jnp.where(bits < 0, _sign_bit(_MISSING_BITS[np.dtype(dtype)]), 0)
 
 
-def _from_count(negative: jax.Array, count: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _from_count(count: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The inverse of :func:`_to_count`."""
-    if np.dtype(dtype) == np.float16:
-        fixed = count.astype(jnp.float32) * np.float32(2**-37)
-        normal = jnp.where(
-            count >= _FP16_INF, (count - _FP16_INF) | _FP32_INF, count + _FP16_REBIAS
-        )
-        subnormal = count < np.int32(1 << 23)
-        magnitude = jnp.where(
-            subnormal, lax.bitcast_convert_type(fixed, jnp.int32), normal
-        )
-    else:
-        magnitude = count
-    sign = jnp.where(negative, np.int32(-(2**31)), np.int32(0))
-    return lax.bitcast_convert_type(magnitude | sign, jnp.float32)
+    if np.dtype(dtype) == jnp.bfloat16:
+        return lax.bitcast_convert_type(count, jnp.float32)
+    sign = _sign_bit(_MISSING_BITS[np.dtype(dtype)])
+    magnitude = count & ~sign
+    fixed = magnitude.astype(jnp.float32) * np.float32(2**-37)
+    normal = jnp.where(
+        magnitude >= _FP16_INF,
+        (magnitude - _FP16_INF) | _FP32_INF,
+        magnitude + _FP16_REBIAS,
+    )
+    subnormal = magnitude < np.int32(1 << 23)
+    normal = jnp.where(subnormal, lax.bitcast_convert_type(fixed, jnp.int32), normal)
+    negative = jnp.where(count & sign == 0, 0, np.int32(-(2**31)))
+    return lax.bitcast_convert_type(normal | negative, jnp.float32)
 
 
-def _param_to_count(param: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = lax.bitcast_convert_type(param, jnp.int16).astype(jnp.int32)
-    return bits < 0, bits & np.int32(0x7FFF)
-
-
-def _param_from_count(
-    negative: jax.Array, count: jax.Array, dtype: DTypeLike
-) -> jax.Array:
-    sign = jnp.where(negative, np.int32(0x8000), np.int32(0))
-    return lax.bitcast_convert_type((count | sign).astype(jnp.uint16), np.dtype(dtype))
+def _param_to_count(param: jax.Array) -> jax.Array:
+    """The signed count of a param; int32."""
+    bits = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.int32)
+    return bits << _MISSING_BITS[param.dtype]
 
 
 def _power_of_two(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -413,7 +409,7 @@ def _power_of_two(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 def _log2_half_ulp(param: jax.Array) -> jax.Array:
     """``log2(ulp(param)) - 1`` as int32; subnormals share the smallest normal's."""
     mantissa, bias = (7, 127) if param.dtype == jnp.bfloat16 else (10, 15)
-    _, count = _param_to_count(param)
+    count = lax.bitcast_convert_type(param, jnp.int16).astype(jnp.int32) & 0x7FFF
     exponent = jnp.maximum(count >> mantissa, 1) - bias
     return exponent - mantissa - 1
 

@@ -28,7 +28,7 @@ def state_format(
       >>> import jax.numpy as jnp, optax_flash
       >>> params = {"w": jnp.ones((64, 64))}
       >>> optax_flash.state_format(optax_flash.lion8(1e-4), params)
-      {'version': 2, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
+      {'version': 3, 'leaves': {'w/mu': 'Companded8(signed=True, group=32)'}}
     """
     _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
     params = _mirror.arrays_of(params)

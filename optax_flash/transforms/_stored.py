@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 """Of the storage formats. It changes whenever old codes would decode differently."""
 
 

@@ -585,7 +585,7 @@ def _zero_residual(
 ) -> Any:
     if not residuals.is_split(param) or frozen:
         return optax.MaskedNode()
-    return jnp.zeros_like(param, dtype=codec.dtype)
+    return jnp.full_like(param, codec.zero(param.dtype), dtype=codec.dtype)
 
 
 def _codecs(

@@ -35,11 +35,11 @@ def finite_params(dtype):
 def all_residuals(codec, dtype):
     """Residuals that a split can make: all of 8 bits, or some of 16."""
     if codec.bits == 24:
-        return np.arange(-128, 128, dtype=np.int8).view(np.uint8)
-    half = 2**15 if dtype == ml_dtypes.bfloat16 else 2**12  # 16 or 13 bits are missing.
-    some = np.random.default_rng(0).integers(-half, half, 25)
-    some = np.concatenate([some, [-half, 1 - half, -1, 0, 1, half - 2, half - 1]])
-    return some.astype(np.int16).view(np.uint16)
+        return np.arange(256, dtype=np.uint8)
+    end = 2**16 if dtype == ml_dtypes.bfloat16 else 2**13  # 16 or 13 bits are missing.
+    some = np.random.default_rng(0).integers(0, end, 25)
+    edges = [0, 1, end // 2 - 1, end // 2, end // 2 + 1, end - 2, end - 1]
+    return np.concatenate([some, edges]).astype(np.uint16)
 
 
 def random_floats(n=2**20):
@@ -100,11 +100,13 @@ def test_every_param_with_every_residual(codec, dtype, seed):
         params = np.broadcast_to(param, residual.shape)
         weight = join(codec, params, residual)
         new_param, new_residual = split(codec, dtype, weight, seed)
-        # One weight has two names: zero with a residual is of the residual's sign.
-        signed = residual.view(f"i{residual.itemsize}")
-        zero = np.where(signed < 0, 0x8000, 0).astype(np.uint16)
-        expected = np.where((params == 0) & (signed != 0), zero, bits_of(params))
-        np.testing.assert_array_equal(bits_of(new_param), expected)
+        # Below zero there is nothing: only a param set from outside comes to that.
+        possible = (params != 0) | (residual >= codec.zero(dtype))
+        new_param, new_residual, weight, params, residual = (
+            np.asarray(x)[possible]
+            for x in (new_param, new_residual, weight, params, residual)
+        )
+        np.testing.assert_array_equal(bits_of(new_param), bits_of(params))
         np.testing.assert_array_equal(new_residual, residual)
         again = join(codec, new_param, new_residual)
         np.testing.assert_array_equal(bits_of(again), bits_of(weight))
@@ -116,11 +118,14 @@ def test_every_param_with_every_residual(codec, dtype, seed):
 @pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
 def test_weights_are_in_the_order_of_param_and_residual(codec, dtype):
     param = np.sort(finite_params(dtype))
-    param = param[~((param == 0) & np.signbit(param))]
-    residual = np.sort(all_residuals(codec, dtype).view(f"i{codec.dtype.itemsize}"))
-    residual = np.unique(residual).view(codec.dtype)
-    weight = join(codec, *np.broadcast_arrays(param[:, None], residual))
-    assert np.all(np.diff(order_of(weight).ravel()) > 0)
+    param = param[param > 0]
+    residual = np.unique(all_residuals(codec, dtype))
+    pieces = np.broadcast_arrays(param[:, None], residual)
+    weight = np.asarray(join(codec, *pieces)).ravel()
+    assert weight[0] > 0
+    assert np.all(np.diff(order_of(weight)) > 0)
+    mirrored = np.asarray(join(codec, -pieces[0], pieces[1])).ravel()
+    np.testing.assert_array_equal(mirrored, -weight)
 
 
 class TestExactness(chex.TestCase):
@@ -196,18 +201,24 @@ def test_signs_are_symmetric(codec, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
-def test_half_way_goes_up(codec, dtype):
+def test_half_way_goes_away_from_zero(codec, dtype):
     params = np.sort(finite_params(dtype))
-    params = params[~((params == 0) & np.signbit(params))]
     low, high = params[:-1], params[1:]
     middle = (low.astype(np.float64) + high.astype(np.float64)) / 2
+    middle, low, high = (x[middle != 0] for x in (middle, low, high))
     param, residual = split(codec, dtype, middle.astype(np.float32))
-    np.testing.assert_array_equal(param, high)
-    # The lowest residual of 8 bits, or half of what the param lacks.
-    lacks = (
-        2**13 if codec.bits == 32 and dtype == np.float16 else 2 ** (codec.bits - 16)
-    )
-    assert np.all(np.asarray(residual).view(f"i{residual.itemsize}") == -lacks // 2)
+    np.testing.assert_array_equal(param, np.where(middle < 0, low, high))
+    assert not np.any(residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [EXACT_24, EXACT_32], ids=["24", "32"])
+def test_params_set_to_zero_from_outside_are_weights_near_zero(codec, dtype):
+    residual = all_residuals(codec, dtype)
+    for zero in (0.0, -0.0):
+        param = np.full(residual.shape, zero, dtype)
+        weight = np.asarray(join(codec, param, residual), np.float64)
+        assert np.all(np.abs(weight) <= float(ml_dtypes.finfo(dtype).smallest_subnormal))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -224,13 +235,17 @@ def test_residual_saturates_when_the_param_is_far(codec, dtype):
     # 3 and -3 are so far apart that their counts' difference overflows an int32.
     param = np.array([1, 3, -3, 3, 0, 1, 2e4], dtype)
     weight = np.array([3, 1, 3, -3, 1, 0, -2e4], np.float32)
-    residual = np.asarray(residual_of(codec, weight, param))
-    residual = residual.view(f"i{residual.itemsize}")
-    assert np.all(np.sign(residual) == np.sign(weight - param.astype(np.float32)))
-    limit = np.iinfo(residual.dtype).max
-    if codec == EXACT_32 and dtype == np.float16:
-        limit = 2**13  # Room for more than half a step, so it is not cut off there.
-    assert np.all(np.abs(residual.astype(np.int32)) >= limit)
+    weight = weight.astype(np.float64)
+    residual = residual_of(codec, weight.astype(np.float32), param)
+    found = np.abs(np.asarray(join(codec, param, residual)) - weight)
+    if codec.name == "exact":
+        others = all_residuals(codec, dtype)
+    else:
+        others = np.array([-1, 0, 1], codec.dtype) * np.iinfo(codec.dtype).max
+    # No other residual comes closer.
+    for other in others:
+        joined = np.asarray(join(codec, param, np.full_like(residual, other)))
+        assert np.all(found <= np.abs(joined - weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
