@@ -1,11 +1,8 @@
-"""Llama and GPT-2 in plain JAX: what ``llama_memory.py`` compiles.
+"""A Llama, and the GPT-2 of ``examples/lm``: what ``llama_memory.py`` compiles.
 
 Params are a dictionary, as ``optax_flash.plan`` has it: ``"embed"``, ``"blocks"``
 (every layer stacked along a first axis, run by ``lax.scan``) and ``"head"``.
 Activations are bfloat16, whatever the params are in.
-
-GPT-2 is that of ``examples/lm``, with queries, keys and values in one matrix, as in
-published weights; ``tests/benchmarks/test_decoders.py`` compares their losses.
 """
 
 import dataclasses
@@ -15,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from examples.lm.decoders import Block, DecoderConfig, Embed, Head
 from optax_flash import release
 
 Params = Any
@@ -53,34 +51,31 @@ class Llama:
         """Sum over all tokens; params of the head, and of the embedding if tied."""
         if not self.tied:
             x = _rms_norm(x, params["norm"])
-            return _cross_entropy(params["kernel"], x, targets)
+            return _cross_entropy(x @ params["kernel"], targets)
         x = _rms_norm(x, params["head"]["norm"])
-        return _cross_entropy(params["embed"]["embedding"].T, x, targets)
+        return _cross_entropy(x @ params["embed"]["embedding"].T, targets)
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2:
-    """LayerNorm, learned positions, biases, GELU, a head tied to the embedding."""
+    """That of ``examples/lm``, part by part."""
 
-    heads: int
+    config: DecoderConfig
     tied: bool = dataclasses.field(default=True, init=False)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return params["embedding"][tokens] + params["positions"][: tokens.shape[1]]
+        return Embed(self.config).apply({"params": params}, tokens)
 
     def block(self, params: Params, x: jax.Array) -> jax.Array:
-        y = _layer_norm(x, params["attention_norm"])
-        qkv = _heads(_dense(params["qkv"], y), 3 * self.heads)
-        y = _attention(*jnp.split(qkv, 3, axis=2))
-        x = x + _dense(params["out"], y)
-        y = _dense(params["up"], _layer_norm(x, params["mlp_norm"]))
-        return x + _dense(params["down"], jax.nn.gelu(y))
+        return Block(self.config).apply({"params": params}, x)
 
     def cross_entropy(
         self, params: Params, x: jax.Array, targets: jax.Array
     ) -> jax.Array:
-        x = _layer_norm(x, params["head"]["norm"])
-        return _cross_entropy(params["embed"]["embedding"].T, x, targets)
+        """Sum over all tokens; params of the head and of the embedding."""
+        head, embedding = params["head"], params["embed"]["embedding"]
+        logits = Head(self.config).apply({"params": head}, x, embedding)
+        return _cross_entropy(logits, targets)
 
 
 def sequence(
@@ -146,9 +141,9 @@ def without_remat(model: release.Sequence, params: Params, tokens: jax.Array):
     return head(params if tied else params["head"], x, tokens)
 
 
-def _cross_entropy(kernel: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Sum over all tokens."""
-    logits = (x @ kernel).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - picked)
 
@@ -171,20 +166,10 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return y.reshape(*y.shape[:2], -1)
 
 
-def _dense(params: Params, x: jax.Array) -> jax.Array:
-    return x @ params["kernel"] + params["bias"]
-
-
 def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype) * scale
-
-
-def _layer_norm(x: jax.Array, params: Params) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y -= jnp.mean(y, axis=-1, keepdims=True)
-    return _rms_norm(y, params["scale"]).astype(x.dtype) + params["bias"]
 
 
 def _rotate(x: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_flash
 from benchmarks import decoders
+from examples.lm.decoders import DecoderConfig
 from optax_flash import plan, release
 from optax_flash.plan import optimizers, shards
 
@@ -127,7 +128,17 @@ def decoder(model: plan.Model) -> decoders.Llama | decoders.GPT2:
     heads = sizes.width // head_width
     if sizes.gated:
         return decoders.Llama(heads, sizes.keys // head_width, sizes.tied)
-    return decoders.GPT2(heads)
+    config = DecoderConfig(
+        "gpt2",
+        depth=sizes.layers,
+        width=sizes.width,
+        heads=heads,
+        seq_len=model.length,
+        vocab=sizes.vocabulary,
+        attention="cudnn",
+        compute_dtype=jnp.bfloat16,
+    )
+    return decoders.GPT2(config)
 
 
 def devices(count: int) -> Mesh:

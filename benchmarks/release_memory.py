@@ -16,7 +16,9 @@ import optax
 
 import optax_flash
 from benchmarks.h100 import mesh_of, sharded_like
+from examples.lm import decoders
 from optax_flash import release
+from optax_flash.flax import norm_paths
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -25,7 +27,7 @@ RESULT = ROOT / "results" / "release_memory.json"
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A transformer like GPT-2, without biases; the head is tied to the embedding.
+    """A GPT-2, and what it is given.
 
     Attributes:
       layers: a stack, run as a scan.
@@ -41,6 +43,19 @@ class Shape:
     context: int
     batch: int
 
+    @property
+    def config(self) -> decoders.DecoderConfig:
+        return decoders.DecoderConfig(
+            "gpt2",
+            depth=self.layers,
+            width=self.width,
+            heads=self.width // 64,
+            seq_len=self.context,
+            vocab=self.vocab,
+            attention="cudnn",
+            compute_dtype=jnp.bfloat16,
+        )
+
 
 SHAPES = {
     "24 layers": Shape(24, 2048, 2048, 512, 2),
@@ -50,58 +65,15 @@ SHAPES = {
 
 def params_of(shape: Shape) -> dict:
     """Abstract params in bfloat16, norms in float32."""
-    d, n = shape.width, shape.layers
 
-    def array(*dims, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(dims, dtype)
+    def init(key: jax.Array) -> dict:
+        weights = decoders.init(shape.config, key)
+        norms = norm_paths(weights)
+        return optax_flash.cast_params(
+            weights, jnp.bfloat16, lambda path, _: path in norms
+        )
 
-    return {
-        "tokens": array(shape.vocab, d),
-        "positions": array(shape.context, d),
-        "blocks": {
-            "norm_1": array(n, d, dtype=jnp.float32),
-            "qkv": array(n, d, 3 * d),
-            "out": array(n, d, d),
-            "norm_2": array(n, d, dtype=jnp.float32),
-            "up": array(n, d, 4 * d),
-            "down": array(n, 4 * d, d),
-        },
-        "norm": array(d, dtype=jnp.float32),
-    }
-
-
-def _normed(x, scale):
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
-    return (wide * scale).astype(x.dtype)
-
-
-def embed(p, tokens):
-    return p["tokens"][tokens[:, :-1]] + p["positions"]
-
-
-def block(p, x, tokens):
-    del tokens
-    qkv = _normed(x, p["norm_1"]) @ p["qkv"]
-    q, k, v = (y.reshape(*y.shape[:2], -1, 64) for y in jnp.split(qkv, 3, axis=-1))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + y.reshape(x.shape) @ p["out"]
-    return x + jax.nn.gelu(_normed(x, p["norm_2"]) @ p["up"]) @ p["down"]
-
-
-def loss(p, x, tokens):
-    logits = _normed(x, p["norm"]) @ p["tokens"].T
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), tokens[:, 1:]
-    )
-    return losses.mean()
-
-
-MODEL = release.sequence(
-    release.layer(("tokens", "positions"), embed),
-    release.scan("blocks", block),
-    release.layer(("norm", "tokens"), loss),
-)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -165,15 +137,15 @@ def activations(shape: Shape, args) -> dict:
         lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=tokens.sharding),
         params["blocks"],
     )
-
-    of_head = {name: params[name] for name in ("norm", "tokens")}
+    _, block, head = decoders.decoder(shape.config).segments
+    of_head = {name: params[name] for name in head.names}
 
     def of_block(p, x, tokens, cotangent):
-        _, pull = jax.vjp(lambda p, x: block(p, x, tokens), p, x)
+        _, pull = jax.vjp(lambda p, x: block.function(p, x, tokens), p, x)
         return pull(cotangent)
 
     def of_loss(p, x, tokens):
-        return jax.value_and_grad(loss, argnums=(0, 1))(p, x, tokens)
+        return jax.value_and_grad(head.function, argnums=(0, 1))(p, x, tokens)
 
     working = {
         "block": jax.jit(of_block).lower(a_layer, x, tokens, x).compile(),
@@ -193,11 +165,12 @@ def activations(shape: Shape, args) -> dict:
 def measure(name: str) -> dict:
     """All figures of one shape."""
     shape, tx = SHAPES[name], optimizer()
+    model = decoders.decoder(shape.config)
     args = arguments(shape, tx)
     params = args[0]
     n = sum(x.size for x in jax.tree.leaves(params))
-    ordinary = memory(compiled(ordinary_step(MODEL, tx), args))
-    released = memory(compiled(release.train_step(MODEL, tx), args))
+    ordinary = memory(compiled(ordinary_step(model, tx), args))
+    released = memory(compiled(release.train_step(model, tx), args))
     of_activations = activations(shape, args)
     counted = of_activations["inputs of layers"] + of_activations["working set"]
     fallen = ordinary["temporaries"] - released["temporaries"]

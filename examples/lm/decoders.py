@@ -4,6 +4,8 @@
 
 All layers are one stack of params, run by a scan, so that a model of 48 layers compiles
 as fast as one of two. Shapes in comments: B batch, T time, D width, H heads, K = D / H.
+
+Benchmarks measure this GPT-2, too, whose params are laid out as in `optax_flash.plan`.
 """
 
 import dataclasses
@@ -30,7 +32,8 @@ class DecoderConfig:
       heads: of attention.
       seq_len: positions that GPT-2 knows.
       vocab: of tokens; bytes are the first 256.
-      attention: "plain", with all scores in memory, or "fused".
+      attention: "plain", with all scores in memory; "fused", by the best kernel of the
+        device that is there; "cudnn", for a GPU that need not be.
       compute_dtype: of activations. Weights of any dtype are converted to it.
     """
 
@@ -56,10 +59,10 @@ class DecoderConfig:
 
 def attend(config: DecoderConfig, q, k, v):  # each (B, T, H, K) -> (B, T, H, K)
     """Causal attention."""
-    if config.attention == "fused":
+    if config.attention != "plain":
         # cuDNN's kernel, which takes half precision only; elsewhere XLA's own way.
         half = config.compute_dtype != jnp.float32
-        cudnn = half and jax.default_backend() == "gpu"
+        cudnn = half and jax.default_backend() == "gpu" or config.attention == "cudnn"
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn" if cudnn else None
         )
@@ -71,9 +74,25 @@ def attend(config: DecoderConfig, q, k, v):  # each (B, T, H, K) -> (B, T, H, K)
     return jnp.einsum("bhqs,bshk->bqhk", shares.astype(v.dtype), v)
 
 
+class LayerNorm(nn.Module):
+    """As Flax's, which keeps one more float32 array like x for the backward pass."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+        return (y * scale + bias).astype(self.dtype)
+
+
 def norm(config: DecoderConfig, name: str):
-    kind = nn.LayerNorm if config.architecture == "gpt2" else nn.RMSNorm
-    return kind(epsilon=1e-5, dtype=config.compute_dtype, name=name)
+    if config.architecture == "gpt2":
+        return LayerNorm(config.compute_dtype, name=name)
+    return nn.RMSNorm(epsilon=1e-5, dtype=config.compute_dtype, name=name)
 
 
 class Embed(nn.Module):
@@ -114,7 +133,11 @@ class Block(nn.Module):
 
         y = norm(config, "attention_norm")(x)
         shape = *x.shape[:-1], config.heads, -1
-        q, k, v = (dense(n, config.width)(y).reshape(shape) for n in ("q", "k", "v"))
+        if gpt2:  # one matrix, as in published weights
+            qkv = jnp.split(dense("qkv", 3 * config.width)(y), 3, axis=-1)
+        else:
+            qkv = [dense(name, config.width)(y) for name in ("q", "k", "v")]
+        q, k, v = (z.reshape(shape) for z in qkv)
         if not gpt2:
             q, k = rotate(q), rotate(k)
         y = attend(config, q, k, v).reshape(x.shape)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,7 +23,8 @@ from examples.common import states
 from examples.common.config import parse
 from examples.common.memory import live_bytes
 from examples.common.run_folder import RunFolder
-from examples.lm import data, demo, gpu_train, train
+from examples.lm import data, decoders, demo, gpu_train, train
+from optax_flash import plan
 
 SEQ_LEN = 32
 
@@ -327,6 +331,30 @@ def test_sizes_are_those_of_the_models_they_are_named_after():
     hidden = 5472  # 8 / 3 of the width, in whole groups
     layer = 4 * 2048**2 + 3 * 2048 * hidden + 2 * 2048
     assert count(config) == 2 * 32000 * 2048 + 22 * layer + 2048
+
+
+def test_the_planner_has_the_params_of_gpt2():
+    config = decoders.DecoderConfig("gpt2", 3, width=64, heads=2, seq_len=16, vocab=128)
+    weights = jax.eval_shape(
+        functools.partial(decoders.init, config), jax.random.key(0)
+    )
+    sizes = {"n_layer": 3, "n_embd": 64, "n_positions": 16, "vocab_size": 128}
+    planned = plan.from_config({"model_type": "gpt2", **sizes}).params
+    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, planned)
+
+
+def test_layer_norm_is_that_of_flax():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, scale, bias, seen = (3 + 2 * jax.random.normal(key, (8, 64)) for key in keys)
+    params = {"params": {"scale": scale[0], "bias": bias[0]}}
+
+    def of(norm):
+        y, pull = jax.vjp(norm.apply, params, x)
+        return y, pull(seen)
+
+    ours, flax = of(decoders.LayerNorm(jnp.float32)), of(nn.LayerNorm(epsilon=1e-5))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(flax), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def count(config) -> int:

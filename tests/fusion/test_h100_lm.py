@@ -34,10 +34,7 @@ def compiled_fixture():
         )
         tokens = jax.ShapeDtypeStruct((4, 1025), jnp.uint8)
         args = sharded_like((weights, tokens), mesh_of())
-        with pytest.MonkeyPatch.context() as patch:
-            # Traced here for a GPU that is elsewhere.
-            patch.setattr(jax, "default_backend", lambda: "gpu")
-            return jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
+        return jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
 
     return compiled
 
@@ -47,7 +44,7 @@ def temporaries(compiled) -> int:
 
 
 def test_fused_attention_is_cudnns_and_keeps_no_scores(compiled):
-    fused, plain = (compiled(attention, False) for attention in ("fused", "plain"))
+    fused, plain = (compiled(attention, False) for attention in ("cudnn", "plain"))
     assert "__cudnn$fmha" in fused.as_text()
     assert "__cudnn$fmha" not in plain.as_text()
     scores = 4 * 4 * 4 * 1024**2 * 2  # layers, batch, heads, time by time, bfloat16
@@ -55,6 +52,6 @@ def test_fused_attention_is_cudnns_and_keeps_no_scores(compiled):
 
 
 def test_remat_keeps_the_inputs_of_layers(compiled):
-    kept = temporaries(compiled("fused", False)) - temporaries(compiled("fused", True))
+    kept = temporaries(compiled("cudnn", False)) - temporaries(compiled("cudnn", True))
     # Of three other layers: what norms, attention and the MLP need backwards.
     assert kept > 3 * 8 * 4 * 1024 * 256 * 2
