@@ -1,14 +1,13 @@
 """What codecs compute with, in forms that XLA keeps exact and puts in vectors."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from optax_flash.codecs import hashing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,24 @@ def noise(bits: Bits) -> jax.Array | np.float32:
     """How much of the way to the upper code rounding forgives, in (0, 1)."""
     if bits is None or isinstance(bits, Nearest):
         return np.float32(0.5)
-    return hashing.uniform(bits) + np.float32(2**-25)
+    low = (bits & np.uint32(2**16 - 1)).astype(jnp.int32)
+    return low.astype(jnp.float32) * np.float32(2**-16) + np.float32(2**-17)
+
+
+def plus_noise(start: float, bits: Bits) -> jax.Array | np.float32:
+    """A whole number plus noise in [0, 1), as many bits of it as a float32 holds."""
+    first = np.float32(start).view(np.int32)
+    if bits is None or isinstance(bits, Nearest):
+        return np.float32(start + 0.5)
+    places = 23 - (math.frexp(start)[1] - 1)
+    low = (bits & np.uint32((1 << places) - 1)).astype(jnp.int32)
+    return lax.bitcast_convert_type(low | first, jnp.float32)
+
+
+def below(x: float) -> np.float32:
+    """``x > 0`` in float32 and not above it: by that, no code exceeds its scale."""
+    rounded = np.float32(x)
+    return np.nextafter(rounded, np.float32(0)) if float(rounded) > x else rounded
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
@@ -77,6 +93,16 @@ def round_up_to_power(x: jax.Array) -> jax.Array:
     up = jnp.minimum(up, np.uint32(0x7E80))
     up = jnp.where(bits > np.uint32(0x7F7FFFFF), np.uint32(0x7FC0), up)
     return lax.bitcast_convert_type(up.astype(jnp.uint16), jnp.bfloat16)
+
+
+@jax.jit
+def reciprocal_of_power(scale: jax.Array) -> jax.Array:
+    """``1 / scale`` in float32, for scales of :func:`round_up_to_power`.
+
+    Finite for 0; for NaN anything.
+    """
+    bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32)
+    return lax.bitcast_convert_type(np.int32(254 << 23) - bits, jnp.float32)
 
 
 @jax.jit

@@ -27,7 +27,7 @@ class Codec(abc.ABC):
     - ``scales`` has shape ``(*rows, ceil(n / group) * scales_per_group)``;
     - a 0-d array is stored like an array of shape ``(1,)``, with 0-d codes;
     - zero decodes to exactly zero, and the sign of what decodes is the sign of ``x``;
-      unsigned codes of 4 bits alone have no zero, but in a group of zeros;
+      unsigned companded codes alone have no zero, except in a group of zeros;
     - a group that holds a NaN or an infinity decodes to nothing finite.
 
     Codecs are frozen and not callable, so that ``optax.inject_hyperparams`` passes

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from optax_flash.codecs import arithmetic
 from optax_flash.codecs.base import Codec
 from optax_flash.codecs.curves import CURVES, Curve
+from optax_flash.codecs.octaves import Octaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,18 +20,29 @@ class Companded8(Codec):
     r"""The default: companded 8-bit codes, rounded without bias.
 
     With ``s`` the group's largest magnitude, rounded **up** to a bfloat16 or, for
-    second moments, to a power of two, and ``k`` an integer code:
+    second moments, to a power of two, and ``k`` a code:
 
     .. math::
-      \text{signed:}\quad |x| = s \left(\frac{k}{127}\right)^2,\; k \in 0..127
+      \text{signed:}\quad |x| = s\,
+        \frac{c_2(k + 2) - c_2(2)}{c_2(129) - c_2(2)},\; k \in 0..127
       \qquad
-      \text{unsigned:}\quad x = s \left(\frac{k}{255}\right)^4,\; k \in 0..255
+      \text{unsigned:}\quad x = s\,
+        \frac{c_4(k + 4)}{c_4(259)},\; k \in 0..255
 
-    The value lies between two codes and takes the upper one with the probability that
-    makes the *decoded* value right in the mean. Rounding the scale up and dividing by
-    what is stored means that nothing clips and the scale adds no error. A positive
-    unsigned value never takes code 0, so that ``1 / sqrt(v)`` stays bounded beside an
-    outlier.
+    where :math:`c_n` runs like the n-th power, in straight lines from one power of two
+    to the next, so that its inverse is a shift of a float's bits (``octaves.py``):
+
+    .. math::
+      c_n\left(2^h \left(1 + \frac{j + f}{n}\right)\right) = 2^{n h + j} (1 + f),
+      \qquad j \in 0..n - 1,\; 0 \le f < 1
+
+    A value takes the upper of the codes around it with the probability that makes the
+    *decoded* value right in the mean. Rounding the scale up and dividing by what is
+    stored means that nothing clips and the scale adds no error.
+
+    Unsigned codes have no zero: what is less than the smallest value, 5.7e-8 of ``s``,
+    becomes the smallest, and zero too, unless the group is all zeros. So
+    ``1 / sqrt(v)`` stays bounded beside an outlier.
 
     A second moment moves by a thousandth in a step, its scale in bfloat16 by nearly a
     hundredth, and whenever a scale moves, all codes of its group are rounded again:
@@ -42,14 +54,14 @@ class Companded8(Codec):
       >>> codec = Companded8(signed=False)
       >>> codes, scales = codec.encode(jnp.array([1.0, 0.25, 1e-9, 0.0]))
       >>> codes
-      Array([255, 180,   1,   0], dtype=uint8)
+      Array([255, 189,   0,   0], dtype=uint8)
       >>> scales
       Array([1], dtype=bfloat16)
 
     References:
       A scale for 32 neighbours and companding are FlashOptim's (arXiv 2602.23349);
-      curves, rounding, scales and the guarded zero are not. docs/numerics.md has the
-      measurements behind them.
+      curves, rounding and scales are not. docs/numerics.md has the measurements behind
+      them.
     """
 
     name: ClassVar[str] = "companded8"
@@ -66,35 +78,47 @@ class Companded8(Codec):
         bits: arithmetic.Bits,
     ) -> jax.Array:
         del maxima
-        share = jnp.abs(x) * arithmetic.reciprocal(scales[0])[..., None]
-        threshold = 1.0 - arithmetic.noise(bits)
-        if self.signed:
-            y = jnp.minimum(127.0 * jnp.sqrt(share), 127.0)
-            k = jnp.floor(y)
-            # (y**2 - k**2) / ((k + 1)**2 - k**2), the way from one value to the next.
-            upper = threshold * (2.0 * k + 1.0) < (y - k) * (y + k)
-            return arithmetic.to_bytes(jnp.copysign(jnp.where(upper, k + 1.0, k), x))
-        y = jnp.minimum(255.0**2 * jnp.sqrt(share), 255.0**2)
-        k = jnp.floor(jnp.sqrt(y))
-        square = k * k
-        # The same for the fourth powers of k and of the root of y.
-        gap = (2.0 * k + 1.0) * (square + (square + (2.0 * k + 1.0)))
-        upper = threshold * gap < (y - square) * (y + square)
-        k = jnp.where(upper, k + 1.0, k)
-        return arithmetic.to_bytes(jnp.where(x > 0, jnp.maximum(k, 1.0), k))
+        curve, reach = self._curve
+        if not self.signed:
+            stretch = arithmetic.reciprocal_of_power(scales[0]) * reach
+            y = jnp.maximum(jnp.abs(x) * stretch[..., None], curve.bottom)
+            return (curve.codes(y, bits) >> curve.places).astype(jnp.uint8)
+        stretch = arithmetic.reciprocal(scales[0]) * reach
+        y = jnp.abs(x) * stretch[..., None] + curve.bottom
+        # The sign is the bit above the code, so that a kernel takes the byte as it is.
+        sign = lax.bitcast_convert_type(x, jnp.int32) >> (24 - curve.places)
+        word = curve.codes(y, bits) | sign & (128 << curve.places)
+        return (word >> curve.places).astype(jnp.uint8)
 
     def decode_groups(
         self, codes: jax.Array, scales: tuple[jax.Array, ...]
     ) -> jax.Array:
-        s = scales[0].astype(jnp.float32)[..., None]
-        if self.signed:
-            k = arithmetic.from_signed_bytes(codes)
-            return k * jnp.abs(k) * (s * _BELOW_1_127TH_SQUARED)
-        share = arithmetic.from_unsigned_bytes(codes) * _BELOW_1_255TH
-        return jnp.square(jnp.square(share)) * s
+        curve, reach = self._curve
+        codes = codes.astype(jnp.int32)
+        s = (scales[0].astype(jnp.float32) * arithmetic.below(1 / float(reach)))[
+            ..., None
+        ]
+        if not self.signed:
+            return curve.values(codes) * s
+        x = (curve.values(codes & np.int32(127)) - curve.bottom) * s
+        sign = (codes & np.int32(128)) << 24
+        return lax.bitcast_convert_type(
+            lax.bitcast_convert_type(x, jnp.int32) | sign, jnp.float32
+        )
 
     def outermost(self, codes: jax.Array) -> jax.Array:
-        return arithmetic.is_outermost_byte(codes, self.signed)
+        return (codes & 127) == 127 if self.signed else codes == 255
+
+    @property
+    def _curve(self) -> tuple[Octaves, np.float32]:
+        """The curve, and how much of it the codes reach over."""
+        if self.signed:
+            return _SQUARE, _SQUARE.top - _SQUARE.bottom
+        return _FOURTH, _FOURTH.top
+
+
+_SQUARE = Octaves(shift=1, codes=128, first=2)
+_FOURTH = Octaves(shift=2, codes=256, first=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,8 +246,3 @@ def _scale(maximum: jax.Array, power_of_two: bool) -> jax.Array:
     if power_of_two:
         return arithmetic.round_up_to_power(largest)
     return arithmetic.round_up_bf16(largest)
-
-
-_BELOW_1_127TH_SQUARED = np.nextafter(np.float32(1 / 127**2), np.float32(0))
-_BELOW_1_255TH = np.nextafter(np.float32(1 / 255), np.float32(0))
-"""Rounded down, so that no code exceeds the scale: encoding again keeps the scale."""

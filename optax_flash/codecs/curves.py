@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_flash.codecs import arithmetic
+
 
 class Curve(abc.ABC):
     """A rising function of places.
@@ -55,8 +57,8 @@ class Power(Curve):
 
     def value(self, place: jax.Array, top: int, scale: Any) -> jax.Array:
         if self.exponent == 1:
-            return place * (scale * _below(1 / top))
-        share = place * _below(1 / top)
+            return place * (scale * arithmetic.below(1 / top))
+        share = place * arithmetic.below(1 / top)
         for _ in range(self.exponent.bit_length() - 1):
             share = share * share
         return scale * share
@@ -135,12 +137,6 @@ class Table(Curve):
         del top
         reached = [jnp.where(value >= np.float32(x), 1.0, 0.0) for x in self.values[1:]]
         return sum(reached, jnp.zeros_like(value))
-
-
-def _below(x: float) -> np.float32:
-    """In float32 and not above ``x``, so that no value is above 1."""
-    rounded = np.float32(x)
-    return np.nextafter(rounded, np.float32(0)) if float(rounded) > x else rounded
 
 
 # Midpoints of tenths, in decades: create_dynamic_map(signed=True, 3, 4) of

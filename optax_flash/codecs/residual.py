@@ -1,18 +1,19 @@
 r"""Splitting a float32 weight into a 16-bit param and an 8- or 16-bit residual.
 
 The bits of a float are its sign and a count of the magnitudes below its own. Let
-:math:`E(w)` be the count for float32 (for a float16 param: for the format with float16's
-exponent and 23 bits of mantissa). A param is the count divided by :math:`2^m`, rounded
-half up, with ``m`` the mantissa bits that it lacks (16 for bfloat16, 13 for float16).
-The residual is what is left, plus a half so that it is never negative, in units of a
-128th of half a step of the param (8 bits) or in single counts (16 bits):
+:math:`E(w)` be that count for float32 (for a float16 param: for the format with
+float16's exponent and 23 bits of mantissa). A param is the count divided by
+:math:`2^m`, rounded half up, with ``m`` the mantissa bits that it lacks (16 for
+bfloat16, 13 for float16). The residual is what is left, and a half so that it is never
+negative, in units of half a step of the param over 128 (8 bits) or in single counts
+(16 bits):
 
 .. math:: E(w) + 2^{m - 1} = 2^m E(p) + r, \qquad 0 \le r < 2^m
 
-So the param is the upper half of a sum's bits, the residual lies right below, and a
-kernel puts both together by moving bytes. All of it is integer arithmetic: exact for
-every float, subnormals and powers of two included, and untouched by a compiler's freedom
-to keep excess precision.
+So param and residual are the upper bits of a sum and those below, and a kernel puts
+them together by moving bytes. All of it is integer arithmetic: exact for every float,
+subnormals and powers of two included, and untouched by a compiler's freedom to keep
+excess precision.
 """
 
 import abc
@@ -76,8 +77,8 @@ class ResidualCodec(abc.ABC):
         Args:
           weight: float32, any shape.
           dtype: the param's dtype, bfloat16 or float16.
-          bits: uint32 of the weight's shape that decides the stochastic rounding; None
-            rounds to nearest.
+          bits: uint32 of the weight's shape, whose lowest decide the stochastic
+            rounding; None rounds to nearest.
         """
 
     @abc.abstractmethod
@@ -148,7 +149,7 @@ class ExactResidual(ResidualCodec):
     ) -> jax.Array:
         missing = _MISSING_BITS[param.dtype]
         count, param_count = _to_count(weight, param.dtype), _param_to_count(param)
-        rest = count - param_count + self._half_and_noise(missing, bits)
+        rest = count + self._half_and_noise(missing, bits) - param_count
         rest = jnp.minimum(jnp.maximum(rest, 0), np.int32((1 << missing) - 1))
         # Of the other sign, the weight is below all that a residual can reach.
         same_sign = (count ^ param_count) & _sign_bit(missing) == 0
@@ -184,7 +185,7 @@ class ExactResidual(ResidualCodec):
             return half
         if bits is None:
             return half + np.int32(1 << (dropped - 1))
-        return half + (bits >> np.uint32(32 - dropped)).astype(jnp.int32)
+        return half + (bits & np.uint32((1 << dropped) - 1)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,10 +333,30 @@ def round_to(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
     bfloat16 and back is not rounded at all. This is rounded always.
     """
     missing = _MISSING_BITS[np.dtype(dtype)]
+    count = _round_to_even(weight, dtype) >> missing
+    return lax.bitcast_convert_type(count.astype(jnp.int16), np.dtype(dtype))
+
+
+def widened(param: jax.Array) -> jax.Array:
+    """``param.astype(float32)``, of which a compiler sees that it undoes a rounding."""
+    if param.dtype != jnp.bfloat16:
+        return param.astype(jnp.float32)
+    return _from_count(_param_to_count(param), param.dtype)
+
+
+def rounded(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The same values in float32."""
+    missing = _MISSING_BITS[np.dtype(dtype)]
+    count = _round_to_even(weight, dtype) & np.int32(-(1 << missing))
+    return _from_count(count, dtype)
+
+
+def _round_to_even(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The rounded count in the upper bits, and anything in those to cut off."""
+    missing = _MISSING_BITS[np.dtype(dtype)]
     count = _to_count(weight, dtype)
     odd = (count >> missing) & 1
-    count = (count + np.int32((1 << (missing - 1)) - 1) + odd) >> missing
-    return lax.bitcast_convert_type(count.astype(jnp.int16), np.dtype(dtype))
+    return count + np.int32((1 << (missing - 1)) - 1) + odd
 
 
 # A float16 is read as its own 15 bits and 13 more of mantissa. Its exponent bias is 112

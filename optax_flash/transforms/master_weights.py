@@ -312,9 +312,9 @@ def master_params(state: optax.OptState, params: optax.Params) -> optax.Params:
       {'w': Array([1., 1.], dtype=float32)}
     """
     _arguments.check_order(state, params, "master_params(state, params)")
-    found = _find_state(state)
-    _check_state(None, found, params)
-    return _join(params, found.residual)
+    found, unboxed = map(_boxes.unboxed, (_find_state(state), params))
+    _check_state(None, found, unboxed)
+    return _boxes.like(_join(unboxed, found.residual), params)
 
 
 def set_master_params(
@@ -350,7 +350,8 @@ def set_master_params(
             "The arguments are swapped: params are float32, and new_weights are in "
             f"half precision. Call {call}."
         )
-    old = _find_state(state)
+    boxed = _find_state(state)
+    old, params, new_weights = map(_boxes.unboxed, (boxed, params, new_weights))
     _check_state(None, old, params)
     known, widen = _mirror.narrow(old, params)
     structure = jax.tree.structure(params)
@@ -366,10 +367,11 @@ def set_master_params(
     if digest is not None:
         digest = _new_digest(digest, old.codecs, params)
     new = widen(known._replace(residual=residual, digest=digest))
+    new = _boxes.like(new, boxed)
     return jax.tree.map(
-        lambda node: new if node is old else node,
+        lambda node: new if node is boxed else node,
         state,
-        is_leaf=lambda node: node is old,
+        is_leaf=lambda node: node is boxed,
     )
 
 
@@ -388,7 +390,7 @@ def changed_params(state: optax.OptState, params: optax.Params) -> list[str]:
       ['b']
     """
     _arguments.check_order(state, params, "changed_params(state, params)")
-    found = _find_state(state)
+    found, params = map(_boxes.unboxed, (_find_state(state), params))
     if found.digest is None:
         raise ValueError(
             "changed_params: the state has no digest. Make the transformation with "
@@ -518,7 +520,7 @@ def _finish(
 ) -> tuple[jax.Array, jax.Array]:
     """``(param, residual)`` after an update."""
     weight = codec.join(param, residual) + update.astype(jnp.float32)
-    return codec.split(weight, param.dtype, hashing.for_weights(bits))
+    return codec.split(weight, param.dtype, bits)
 
 
 def _finish_smoothly(
@@ -541,11 +543,10 @@ def _add(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The update in its dtype, the param that it will produce, and its residual."""
     codec, dtype = codec_and_dtype
-    bits = hashing.for_weights(bits)
     weight = codec.join(param, residual) + update.astype(jnp.float32)
     target, _ = codec.split(weight, param.dtype, bits)
-    old = param.astype(jnp.float32)
-    update = _rounded(target.astype(jnp.float32) - old, dtype)
+    old = residuals.widened(param)
+    update = _rounded(residuals.widened(target) - old, dtype)
     produced = residuals.round_to(old + update, param.dtype)
     return update.astype(dtype), produced, codec.residual(weight, produced, bits)
 
@@ -577,7 +578,7 @@ def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """
     if dtype not in residuals.SPLIT_DTYPES:
         return x
-    return residuals.round_to(x, dtype).astype(x.dtype)
+    return residuals.rounded(x, dtype).astype(x.dtype)
 
 
 def _zero_residual(

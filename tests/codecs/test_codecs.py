@@ -96,7 +96,14 @@ def jitted_roundtrip(codec, x, seed=None):
 
 def has_zero(codec):
     """Whether zero decodes to zero beside other values."""
-    return codec.signed or not isinstance(codec, Companded4)
+    return codec.signed or not isinstance(codec, Companded4 | Companded8)
+
+
+def octaves(places, shift):
+    """Values that rise evenly within octaves, ``2**shift`` of them to one of places."""
+    mantissa, exponent = np.frexp(np.asarray(places, np.float64))
+    octave, part = np.divmod((2 * mantissa - 1) * 2**shift, 1)
+    return 2.0 ** (exponent * 2**shift + octave) * (1 + part)
 
 
 def has_powers_as_scales(codec):
@@ -146,10 +153,14 @@ def grid(codec, scales):
         k = np.arange(-127, 128)
         if isinstance(codec, FlashOptim8):
             return scales[..., None] * k / (254 - np.abs(k))
-        return scales[..., None] * k * np.abs(k) / 127**2
+        y = octaves(np.arange(2, 130), 1)
+        y = (y - y[0]) / (y[-1] - y[0])
+        return scales[..., None] * np.concatenate([-y[:0:-1], y])
     if isinstance(codec, FlashOptim8):
         return np.square(scales[..., None] * np.arange(256) / 255)
-    return scales[..., None] * (np.arange(256) / 255) ** 4
+    # Zero is no value, but what is below the first becomes it.
+    y = octaves(np.arange(4, 260), 2)
+    return scales[..., None] * np.concatenate([[0], y / y[-1]])
 
 
 def gaps(codec, x, scales):
@@ -335,6 +346,9 @@ def stored(draw, codec):
         if codec.signed:
             codes = np.where(codes == 8, 0, codes)  # There is one zero.
         codes[..., 0] = 15
+    elif isinstance(codec, Companded8) and codec.signed:
+        codes = rng.integers(0, 256, shape)
+        codes[..., 0] = rng.choice([127, 255], shape[:-1])
     elif codec.signed:
         codes = rng.integers(-127, 128, shape)
         codes[..., 0] = rng.choice([-127, 127], shape[:-1])

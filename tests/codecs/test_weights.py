@@ -218,7 +218,9 @@ def test_params_set_to_zero_from_outside_are_weights_near_zero(codec, dtype):
     for zero in (0.0, -0.0):
         param = np.full(residual.shape, zero, dtype)
         weight = np.asarray(join(codec, param, residual), np.float64)
-        assert np.all(np.abs(weight) <= float(ml_dtypes.finfo(dtype).smallest_subnormal))
+        assert np.all(
+            np.abs(weight) <= float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,7 +20,7 @@ from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends import jax_triton as backend
 from optax_flash.fusion.backends.base import Target
 from optax_flash.fusion.backends.triton_source import HEADER, Writer
-from optax_flash.fusion.launch import DEFAULT, Config, Launch
+from optax_flash.fusion.launch import Config, Launch
 from optax_flash.fusion.program import ELEMENTWISE, whole
 from optax_flash.fusion.tiles import Origin, Shard
 from tests.fusion.equality import OPTIMIZERS
@@ -167,9 +167,9 @@ def fast_reductions(monkeypatch):
     monkeypatch.setattr(ReduceOps, "generic_reduce", reduce)
 
 
-def update(shards, config=DEFAULT):
+def update(shards, config=None):
     """What ``backend.run`` computes, by the interpreter."""
-    planned = Launch.of(shards, config)
+    planned = Launch.of(shards, config or Config.of(shards[0].program))
     arrays = [np.array(x) for x in planned.operands]
     operand_of = {result: operand for operand, result in planned.aliases.items()}
     results = [
@@ -259,7 +259,7 @@ def test_leaves_share_a_kernel():
 def test_a_tile_may_be_one_group():
     (program,) = programs(compress(optax.sgd(0.1, momentum=0.9)), jnp.ones((2, 64)))
     operands = operands_of(program)
-    (found,) = update([whole_leaf(program, operands)], Config(elements=16))
+    (found,) = update([whole_leaf(program, operands)], Config(16, 4))
     check(found, whole(program)(*operands))
 
 
@@ -387,19 +387,21 @@ def compile_for_cuda(tx, shape, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ptx_reads_and_writes_16_bytes_at_a_time(compiled, name):
+def test_ptx_reads_and_writes_in_vectors(compiled, name):
+    """All that a thread has of an array at once, or 16 bytes of it at a time."""
     tx, dtype = CASES[name]
     program, text = compile_for_cuda(tx, (4096, 4096), dtype)
     (ptx,) = compiled
     assert ".target sm_90" in ptx
     assert ".local" not in ptx
+    config = Config.of(program)
+    elements = config.elements // (32 * config.num_warps)
     for kind, roles, variables in (
         ("ld", program.inputs, program.jaxpr.invars),
         ("st", program.outputs, program.jaxpr.outvars),
     ):
-        # 2048 elements for 128 threads: 16 each, or 8 bytes of codes of 4 bits.
-        elements = [
-            16
+        sizes = [
+            elements
             * x.aval.dtype.itemsize
             // (role.codec.codes_per_byte if role.codec else 1)
             for role, x in zip(roles, variables, strict=True)
@@ -407,9 +409,8 @@ def test_ptx_reads_and_writes_16_bytes_at_a_time(compiled, name):
         ]
         for width, vector in ((16, "v4"), (8, "v2")):
             found = len(re.findall(rf"{kind}\.global\.{vector}\.b32", ptx))
-            packed = sum(x == 8 for x in elements)
-            expected = packed if width == 8 else sum(elements) // 16 - packed // 2
-            assert found == expected
+            expected = sum(x // 16 if width == 16 else x == 8 for x in sizes)
+            assert found == expected, (kind, width)
     assert "triton_kernel_call" in text
     donated = sum(alias is not None for alias in program.aliases)
     assert text.count("output_operand_alias<") == donated > 0
@@ -441,7 +442,7 @@ def test_equal_leaves_share_a_compilation():
     tx = compress(optax.adamw(1e-2))
     params = [jnp.ones((64, 128)), jnp.ones((128, 64))]
     sources = {
-        backend.source(Launch.of([whole_leaf(p, operands_of(p))], DEFAULT), True)
+        backend.source(Launch.of([whole_leaf(p, operands_of(p))], Config.of(p)), True)
         for p in programs(tx, params)
     }
     (text,) = sources

@@ -23,7 +23,6 @@ from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.backends.triton_source import HEADER, Unsupported, Writer
 from optax_flash.fusion.launch import (
-    DEFAULT,
     Addresses,
     Config,
     Launch,
@@ -37,17 +36,18 @@ from optax_flash.fusion.tiles import MaskedIndices, Shard
 
 
 def run(
-    shards: list[Shard], target: Target, config: Config = DEFAULT
+    shards: list[Shard], target: Target, config: Config | None = None
 ) -> list[list[jax.Array]]:
     """The results of programs of one family, each on a shard of its leaf.
 
     Args:
       shards: what to compute on.
       target: what to compile for; its GPU is known.
-      config: the size of tiles and of blocks of threads.
+      config: the size of tiles and of blocks of threads; None for :meth:`Config.of`.
     """
     gpu = target.gpu
     assert gpu
+    config = config or Config.of(shards[0].program)
     launch = Launch.of(shards, config)
     results = launch.flat_results()
     call = calling(

@@ -21,7 +21,6 @@ from optax_flash.fusion.backends import gpu as gpus
 from optax_flash.fusion.backends.base import Target, unsupported_by_kernels
 from optax_flash.fusion.jaxprs import flat_equations
 from optax_flash.fusion.launch import (
-    DEFAULT,
     Addresses,
     Config,
     KernelLeaf,
@@ -88,7 +87,7 @@ def needs_gpu() -> bool:
 def launched(
     shards: list[Shard],
     gpu: gpus.Gpu | None,
-    config: Config = DEFAULT,
+    config: Config | None = None,
     interpret: bool = False,
 ) -> list[list[jax.Array]]:
     """The results of one kernel.
@@ -96,9 +95,10 @@ def launched(
     Args:
       shards: what to compute on.
       gpu: what to compile for; None where any will do.
-      config: the size of tiles and of blocks of threads.
+      config: the size of tiles and of blocks of threads; None for :meth:`Config.of`.
       interpret: run in XLA on any platform, for tests.
     """
+    config = config or Config.of(shards[0].program)
     launch = Launch.of(shards, config)
     leaves, units, starts = launch.leaves, launch.units, launch.starts
 

@@ -65,9 +65,12 @@ def rsqrt(a):
 
 
 """
-"""What kernels reduce with: Triton's own extrema pass over NaN, and XLA's do not. And
-what they divide with: one instruction of the special-function unit, where forms that keep
-subnormal numbers take four. They are zero here, as on the CPUs of XLA."""
+"""What kernels reduce and divide with.
+
+Triton's own extrema pass over NaN, and XLA's do not. A division or a root is one
+instruction of the special-function unit where subnormal numbers are zero, as on XLA's
+CPUs; forms that keep them take four.
+"""
 
 
 Equation = Any
