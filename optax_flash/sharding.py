@@ -73,8 +73,7 @@ def state_sharding(
     """
     call = "state_sharding(tx, params, param_sharding)"
     _arguments.check_transformation(tx, (params, param_sharding), call)
-    params = _mirror.arrays_of(_boxes.unboxed(params))
-    state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
+    state = jax.eval_shape(lambda p: tx.init(p), shapes(_mirror.arrays_of(params)))
     return tree_sharding(state, tx, params, param_sharding)
 
 
@@ -85,8 +84,10 @@ def tree_sharding(
     param_sharding: PyTree,
 ) -> PyTree:
     """The same for any tree that holds a state of ``tx``, such as a train state."""
-    params = _init.as_arrays(_mirror.arrays_of(_boxes.unboxed(params)))
+    params = _init.as_arrays(_mirror.arrays_of(params))
+    # A mask or labels that init compares with the params may be in boxes, too.
     state = jax.eval_shape(lambda p: tx.init(p), shapes(params))
+    params = _boxes.unboxed(params)
     entries = [
         entry for entry, _, scales in _inside.stored(state) if scales is not None
     ]

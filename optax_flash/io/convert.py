@@ -8,7 +8,7 @@ import optax
 
 from optax_flash.codecs.residual import SPLIT_DTYPES
 from optax_flash.io import formats
-from optax_flash.transforms import _arguments, _init, _inside, _mirror
+from optax_flash.transforms import _arguments, _boxes, _init, _inside, _mirror
 from optax_flash.transforms import compress as compression
 from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import (
@@ -59,7 +59,8 @@ def to_optax_state(
     _check_state(expected, _without_carried(state), "The state")
     if _mirror.nodes(state, MasterWeightsState):
         params = master_params(state, params)
-    return jax.tree.map(_init.like_float32, params), decoded(state)
+    plain = _boxes.as_stock(decoded(_boxes.unboxed(state)), params)
+    return jax.tree.map(_init.like_float32, params), plain
 
 
 def decoded(state: optax.OptState) -> optax.OptState:
@@ -120,10 +121,11 @@ def from_optax_state(
         like = _init.as_arrays(_mirror.arrays_of(like))
         params = jax.tree.map(_like, weights, like)
     state = tx.init(params)
-    plain = jax.eval_shape(decoded, state)
+    unboxed, optax_state = _boxes.unboxed(state), _boxes.unboxed(optax_state)
+    plain = jax.eval_shape(decoded, unboxed)
     _check_state(plain, optax_state, "The optax state")
     optax_state = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), optax_state, plain)
-    state = _encoded(state, optax_state)
+    state = _boxes.like(_encoded(unboxed, optax_state), state)
     if _mirror.nodes(state, MasterWeightsState):
         state = set_master_params(state, params, weights)
     return params, state
@@ -161,6 +163,7 @@ def _without_carried(state: PyTree) -> PyTree:
 
 def _check_state(expected: PyTree, found: PyTree, what: str) -> None:
     """Raises where a state has other leaves, shapes or nodes than it should."""
+    expected, found = _boxes.unboxed(expected), _boxes.unboxed(found)
     formats.check_leaves(_by_path(found), _by_path(expected), what)
     if jax.tree.structure(found) != jax.tree.structure(expected):
         raise ValueError(

@@ -21,7 +21,7 @@ from optax_flash.fusion.jaxprs import (
     slice_equations,
     variables,
 )
-from optax_flash.transforms import _mirror
+from optax_flash.transforms import _boxes, _mirror
 
 PyTree = Any
 
@@ -334,7 +334,7 @@ def _check_kept(old: PyTree, new: PyTree) -> None:
 
 def _owners(state: PyTree, params: PyTree) -> list[int | None]:
     """For each leaf of the state, the position of its param."""
-    parts, join = _mirror.split_state(state, params)
+    parts, join = _mirror.split_state(*map(_boxes.unboxed, (state, params)))
 
     def tagged(part: Any) -> Any:
         if not isinstance(part, _mirror.Mirror):

@@ -12,7 +12,7 @@ import optax
 
 from optax_flash.io import convert
 from optax_flash.reports import table
-from optax_flash.transforms import _arguments, _init, _inside, _mirror
+from optax_flash.transforms import _arguments, _boxes, _init, _inside, _mirror
 
 COMPONENTS: tuple[str, ...] = (
     "weights",
@@ -116,7 +116,8 @@ def memory_report(
     _arguments.check_transformation(tx, (params,), call)
     _arguments.check_params(params, call)
     params = _init.as_arrays(_mirror.arrays_of(params))
-    state = jax.eval_shape(lambda p: tx.init(p), params)
+    state = _boxes.unboxed(jax.eval_shape(lambda p: tx.init(p), params))
+    params = _boxes.unboxed(params)
     stock_state = jax.eval_shape(convert.decoded, state)
     of_param = _bytes_of_params(state, params)
     stock_of_param = _bytes_of_params(stock_state, params)

@@ -14,7 +14,14 @@ from optax_flash.codecs import groups
 from optax_flash.codecs.residual import codec_of, half_code, is_split
 from optax_flash.fusion import fuse
 from optax_flash.reports import table
-from optax_flash.transforms import _arguments, _entries, _init, _inside, _mirror
+from optax_flash.transforms import (
+    _arguments,
+    _boxes,
+    _entries,
+    _init,
+    _inside,
+    _mirror,
+)
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import MasterWeightsState
@@ -182,6 +189,7 @@ def numerics_report(
 
 def _residuals(state: optax.OptState, params: optax.Params) -> list[Any]:
     """The residual of each param; None where it has none."""
+    state, params = _boxes.unboxed(state), _boxes.unboxed(params)
     leaves = jax.tree.leaves(params)
     residuals: list[Any] = [None] * len(leaves)
 

@@ -4,10 +4,14 @@ Variables of Flax's nnx, the boxes of linen's partitioning and the named arrays 
 haliax. An optimizer computes with what is in them. A state's arrays come in the boxes
 of their params, with those names that fit their own shapes, so that trainers which
 shard a state by its names need not know ours. The libraries may not be installed.
+
+So a state's boxes may say other things than those of its params, and then are other
+nodes to JAX. Whatever lays the one beside the other takes both out of their boxes.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,12 +44,12 @@ def like(tree: PyTree, boxed: PyTree) -> PyTree:
     """A tree in the boxes of another one.
 
     Args:
-      tree: has the structure of ``unboxed(boxed)``.
+      tree: has the structure of ``unboxed(boxed)``; anything in the place of a None.
       boxed: the tree whose boxes it gets.
     """
     if not has_boxes(boxed):
         return tree
-    nodes, structure = jax.tree.flatten(boxed, is_leaf=is_box)
+    nodes, structure = jax.tree.flatten(boxed, is_leaf=lambda x: x is None or is_box(x))
     held = structure.flatten_up_to(tree)
     return structure.unflatten(
         [
@@ -117,14 +121,35 @@ def fitted(state: PyTree, params: PyTree) -> PyTree:
       state: of arrays.
       params: in their boxes; without any, the state is returned as it is.
     """
+    return _in_boxes(state, params, _fitted)
+
+
+def as_stock(state: PyTree, params: PyTree) -> PyTree:
+    """A state in the boxes of its params, with all that they say, as stock optax's is.
+
+    Args:
+      state: of arrays.
+      params: in their boxes; without any, the state is returned as it is.
+    """
+    return _in_boxes(
+        state, params, lambda _, box, x: _with_held(box, x) if is_box(box) else x
+    )
+
+
+def _in_boxes(
+    state: PyTree, params: PyTree, put: Callable[[str, Any, Any], Any]
+) -> PyTree:
+    """A state in boxes: ``put`` takes a field's name, a boxed param and an array."""
     if not has_boxes(params):
         return state
-    boxes = jax.tree.leaves(params, is_leaf=is_box)
+    nodes = jax.tree.leaves(params, is_leaf=is_box)
+    # Of a param that is masked the box holds nothing.
+    boxes = [x for x in nodes if jax.tree.leaves(x)]
     parts, join = _mirror.split_state(state, unboxed(params))
 
     def in_boxes(part: _mirror.Mirror) -> PyTree:
         rows = zip(boxes, part.entries, strict=True)
-        return part.rebuild([_fitted(part.name, box, x) for box, x in rows])
+        return part.rebuild([put(part.name, box, x) for box, x in rows])
 
     return join([in_boxes(x) if isinstance(x, _mirror.Mirror) else x for x in parts])
 
@@ -135,7 +160,10 @@ def _held(box: Any) -> Any:
 
 
 def _with_held(box: Any, x: Any) -> Any:
-    return x if _mirror.is_absent(x) else jax.tree.structure(box).unflatten([x])
+    if _mirror.is_absent(x):
+        # A box of what is masked stays: masks that were made of the params have it.
+        return x if jax.tree.leaves(box) else box
+    return jax.tree.structure(box).unflatten([x])
 
 
 def _fitted(field: str, box: Any, x: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_flash.transforms import _entries, _mirror
+from optax_flash.transforms import _boxes, _entries, _mirror
 from optax_flash.transforms._stored import Stored
 from optax_flash.transforms.compress import CompressState
 from optax_flash.transforms.master_weights import MasterWeightsState
@@ -93,7 +93,7 @@ def check_made_by(
       caller: a function's name, for the message.
     """
     expected = jax.eval_shape(lambda p: tx.init(p), params)
-    if _outline(expected) != _outline(state):
+    if _outline(_boxes.unboxed(expected)) != _outline(_boxes.unboxed(state)):
         raise ValueError(
             f"{caller}: the state has another structure than tx.init makes for these "
             "params. Pass the transformation that made it."
