@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import optax_flash
 from optax_flash import Companded4, Companded8, compress, master_weights
 from optax_flash.transforms import _rules
+from tests import processes
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -139,6 +140,37 @@ class TestNoPlaceholders:
             tx.update(half, state, half)
 
 
+LATE_FLAX = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+import optax_flash
+
+folder, first = pathlib.Path(sys.argv[1]), sys.argv[2]
+tx = optax_flash.master_weights(optax_flash.adamw8(1e-2))
+fresh = tx.init({"w": jnp.full((64, 80), 0.5, jnp.bfloat16)})
+assert not any(name.partition(".")[0] == "flax" for name in sys.modules)
+
+import flax.serialization
+
+def write():
+    (folder / "written").write_bytes(flax.serialization.to_bytes(fresh))
+
+def read():
+    saved = (folder / "saved").read_bytes()
+    restored = flax.serialization.from_bytes(fresh, saved)
+    assert jax.tree.structure(restored) == jax.tree.structure(fresh)
+    try:
+        flax.serialization.from_bytes(fresh, (folder / "other").read_bytes())
+    except ValueError as error:
+        assert "stores 'w/mu' as Affine8" in str(error), error
+    else:
+        raise AssertionError("other codecs were read")
+
+for step in (write, read) if first == "write" else (read, write):
+    step()
+"""
+
+
 class TestFlaxSerialization:
     def state(self, **kwargs):
         return compress(optax.adam(1e-2), **kwargs).init(make())
@@ -151,6 +183,19 @@ class TestFlaxSerialization:
         restored = flax.serialization.from_bytes(tx.init(params), saved)
         chex.assert_trees_all_equal(restored, state)
         chex.assert_trees_all_equal_structs(restored, state)
+
+    @pytest.mark.parametrize("first", ["write", "read"])
+    def test_flax_imported_after_the_state_was_made(self, tmp_path, first):
+        """In another process; what it writes is what is written here."""
+        params = {"w": jnp.full((64, 80), 0.5, jnp.bfloat16)}
+        state = whole().init(params)
+        saved = flax.serialization.to_bytes(state)
+        other = compress(optax.adamw(1e-2), codecs={"mu": "affine8"})
+        other = flax.serialization.to_bytes(master_weights(other).init(params))
+        for name, content in {"saved": saved, "other": other}.items():
+            (tmp_path / name).write_bytes(content)
+        processes.run(["-c", LATE_FLAX, tmp_path, first])
+        assert (tmp_path / "written").read_bytes() == saved
 
     @pytest.mark.parametrize("codecs", ["flashoptim", Companded8(group=16)])
     def test_other_codecs_are_refused(self, codecs):

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+S = TypeVar("S")
 
 VERSION = 3
 """Of the storage formats. It changes whenever old codes would decode differently."""
@@ -98,6 +100,27 @@ def register_with_flax() -> None:
     register = getattr(serialization, "register_serialization_state", None)
     if register is not None:
         register(StateCodecs, StateCodecs.describe, _read_codecs, override=True)
+
+
+def known_to_flax(state: type[S]) -> type[S]:
+    """A class of states whose ``codecs`` Flax's serialization can write and read.
+
+    Flax may be imported when a state has long been made, where a checkpoint is written.
+    It takes a field from a NamedTuple and then looks for its class among those that it
+    knows, so it is told when the field is taken.
+
+    Args:
+      state: a NamedTuple with a field ``codecs``.
+    """
+    cls: Any = state
+    field = cls.codecs
+
+    def codecs(self: Any) -> StateCodecs:
+        register_with_flax()
+        return field.__get__(self)
+
+    cls.codecs = property(codecs, doc=field.__doc__)
+    return state
 
 
 def _read_codecs(target: StateCodecs, saved: dict[str, Any]) -> StateCodecs:

@@ -25,11 +25,12 @@ from optax_flash.transforms import (
 from optax_flash.transforms._entries import Bundle
 from optax_flash.transforms._extra_args import with_extra_args
 from optax_flash.transforms._rules import FACTOR_FIELDS, Codecs, Rules
-from optax_flash.transforms._stored import StateCodecs, Stored
+from optax_flash.transforms._stored import StateCodecs, Stored, known_to_flax
 
 PyTree = Any
 
 
+@known_to_flax
 class CompressState(NamedTuple):
     """State of :func:`compress`.
 

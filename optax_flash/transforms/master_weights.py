@@ -12,12 +12,13 @@ from optax_flash.codecs import residual as residuals
 from optax_flash.fusion import fuse, ops
 from optax_flash.transforms import _arguments, _boxes, _dtypes, _frozen, _init, _mirror
 from optax_flash.transforms._extra_args import with_extra_args
-from optax_flash.transforms._stored import StateCodecs, Stored
+from optax_flash.transforms._stored import StateCodecs, Stored, known_to_flax
 from optax_flash.transforms.finished import FinishedParam
 
 PyTree = Any
 
 
+@known_to_flax
 class MasterWeightsState(NamedTuple):
     """State of :func:`master_weights`.
 
