@@ -201,7 +201,9 @@ def test_masked(wrap):
     for _ in range(2):
         updates, state = update(params, state, params)
     chex.assert_trees_all_equal(updates["frozen"], params["frozen"])
-    chex.assert_trees_all_close(updates["kernel"], -0.01 * jnp.ones(KERNEL), rtol=0.01)
+    # A code of v is up to 1/32 of it, and half of that in its root.
+    expected = -0.01 * jnp.ones(KERNEL)
+    chex.assert_trees_all_close(updates["kernel"], expected, rtol=1 / 64)
     for name in ("mu", "nu", "mu_scales", "nu_scales"):
         frozen = optax.tree.get(state, name)["frozen"]["kernel"]
         assert isinstance(frozen, optax.MaskedNode)

@@ -75,14 +75,14 @@ def trace(codec):
 def test_shares_of_codes():
     codes = np.full(SHAPE, 17, np.uint8)
     codes[0, :10] = 0
-    codes[1, :3], codes[2, :4] = 127, 129  # as signed bytes, the largest of both signs
-    codes[3, :] = 128  # no code; the most negative byte is not an outermost code
+    codes[1, :3], codes[2, :4] = 127, 255  # the largest of both signs
+    codes[3, :] = 128  # zero with a sign
     scales = np.ones((64, 2), jnp.bfloat16)
     scales[4, 1], scales[5, 0] = np.nan, np.inf
     zeros = {"w": jnp.zeros(SHAPE)}
     tx = trace("companded8")
     found = report(tx, with_codes(tx, codes, scales), zeros, zeros)
-    assert found.zero["w/trace"] == np.float32(10 / 4096)
+    assert found.zero["w/trace"] == np.float32(74 / 4096)
     assert found.saturated["w/trace"] == np.float32(7 / 4096)
     assert found.non_finite["w/trace"] == np.float32(2 / 128)
 
@@ -96,7 +96,7 @@ def test_shares_of_unsigned_codes():
     nu = state.inner_state._replace(nu={"w": jnp.asarray(codes)})
     scales = state.scales | {"nu_scales": {"w": jnp.ones((64, 2), jnp.bfloat16)}}
     found = report(tx, state._replace(inner_state=nu, scales=scales), zeros, zeros)
-    assert found.zero["w/nu"] == np.float32(5 / 4096)
+    assert found.zero["w/nu"] == 0  # no code is
     assert found.saturated["w/nu"] == np.float32(6 / 4096)
     assert found.zero["w/mu"] == 1 and found.saturated["w/mu"] == 0
 

@@ -99,22 +99,24 @@ def round_up_to_power(x: jax.Array) -> jax.Array:
 def reciprocal_of_power(scale: jax.Array) -> jax.Array:
     """``1 / scale`` in float32, for scales of :func:`round_up_to_power`.
 
-    Finite for 0; for NaN anything.
+    2**126 for 0; for NaN anything.
     """
     bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32)
-    return lax.bitcast_convert_type(np.int32(254 << 23) - bits, jnp.float32)
+    bits = jnp.minimum(np.int32(254 << 23) - bits, np.int32(253 << 23))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.jit
 def reciprocal(scale: jax.Array) -> jax.Array:
     """``1 / scale`` in float32, for bfloat16 scales: 0 or 2**-126 to 2**126.
 
-    Finite for 0. Integers and three steps of Newton's instead of a division, for which
+    2**126 for 0. Integers and three steps of Newton's instead of a division, for which
     XLA's CPU backend would make a loop of its own.
     """
     bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32)
-    exponent = np.int32(254 << 23) - (bits & np.int32(0x7F800000))
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    power = reciprocal_of_power(
+        lax.bitcast_convert_type(bits & np.int32(0x7F800000), jnp.float32)
+    )
     mantissa = (bits & np.int32(0x007FFFFF)) | np.int32(0x3F800000)
     m = lax.bitcast_convert_type(mantissa, jnp.float32)
     r = np.float32(24 / 17) - np.float32(8 / 17) * m

@@ -54,7 +54,7 @@ class Companded8(Codec):
       >>> codec = Companded8(signed=False)
       >>> codes, scales = codec.encode(jnp.array([1.0, 0.25, 1e-9, 0.0]))
       >>> codes
-      Array([255, 189,   0,   0], dtype=uint8)
+      Array([255, 190,   0,   0], dtype=uint8)
       >>> scales
       Array([1], dtype=bfloat16)
 
