@@ -22,7 +22,8 @@ def state_format(
       params: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      ``{"version": int, "leaves": {"path/field": codec}}``, for ``json.dump``.
+      ``{"version": int, "leaves": {"path/field": codec}}``, for ``json.dump``. With
+      the codec of a low-rank factor comes its shape.
 
     Example:
       >>> import jax.numpy as jnp, optax_flash
@@ -33,7 +34,7 @@ def state_format(
     _arguments.check_transformation(tx, (params,), "state_format(tx, params)")
     params = _mirror.arrays_of(params)
     state = jax.eval_shape(lambda p: tx.init(p), params)
-    leaves = {entry.name: repr(entry.codec) for entry, _, _ in _inside.stored(state)}
+    leaves = {entry.name: entry.describe() for entry, _, _ in _inside.stored(state)}
     return {"version": VERSION, "leaves": leaves}
 
 

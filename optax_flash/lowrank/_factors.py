@@ -9,10 +9,14 @@ that a factor's last axis is sharded like one axis of its param.
 import re
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_flash.transforms import _mirror
+
+PyTree = Any
 Rank = int | float
 Where = Callable[[str], bool] | None
 
@@ -38,6 +42,58 @@ def check_rank(name: str, rank: Rank) -> None:
 def rank_of(shape: tuple[int, ...], rank: Rank) -> int:
     """The rank for a leaf of two axes or more: a count, or a share of the smaller."""
     return max(1, round(rank * min(shape[-2:]))) if isinstance(rank, float) else rank
+
+
+def check_ranks(
+    what: str, params: PyTree, ranks: list[int | None], columns: list[list[Any]]
+) -> None:
+    """Raises a ValueError that names the first leaf with factors of another rank.
+
+    They are factors like others, with which an update would go on.
+
+    Args:
+      what: the transformation, which begins the message.
+      params: or gradients, if there are no params.
+      ranks: of the leaves' factors; None where a leaf has none.
+      columns: of the state, for the leaves: left and right factors in turn.
+    """
+    rows = zip(
+        _mirror.leaf_paths(params),
+        jax.tree.leaves(params),
+        ranks,
+        zip(*columns, strict=True),
+        strict=True,
+    )
+    for path, p, rank, factors in rows:
+        found = [x.shape for x in factors if hasattr(x, "shape")]
+        expected = [] if rank is None else _shapes(p.shape, rank, len(factors))
+        if found != expected:
+            raise ValueError(
+                f"{what}: the state has {_listed(found)} of {path!r}, whose shape is "
+                f"{list(p.shape)}, where this transformation has {_listed(expected)}. "
+                "The state was made with another rank, with other settings for which "
+                "leaves have factors, or for other shapes: pass those, or call init "
+                "again."
+            )
+
+
+def _shapes(shape: tuple[int, ...], rank: int, count: int) -> list[tuple[int, ...]]:
+    """Of so many factors of a leaf, left and right ones in turn."""
+    *batch, p, q = shape
+    return [(*batch, rank, (p, q)[i % 2]) for i in range(count)]
+
+
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    # Two moments of a leaf have factors of the same shapes.
+    found = " and ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    return f"factors {found}" if shapes else "no factors"
+
+
+def beside(params: PyTree, updates: PyTree) -> PyTree:
+    """The params of the updates; where there are none, the updates themselves."""
+    params = _mirror.narrowed(params, updates)
+    alike = jax.tree.structure(params) == jax.tree.structure(updates)
+    return params if alike else updates
 
 
 def side_of(field: str) -> str | None:

@@ -144,8 +144,9 @@ def scale_by_lowrank_adam(
     """
     _check(rank, refresh_every, strategy, oversampling, power_iterations)
 
-    def is_factored(path: str, shape: tuple[int, ...]) -> bool:
-        if len(shape) < 2:
+    def is_factored(path: str, p: jax.Array) -> bool:
+        shape = p.shape
+        if len(shape) < 2 or not _mirror.is_real(p):
             return False
         short, long = sorted(shape[-2:])
         return (
@@ -162,7 +163,7 @@ def scale_by_lowrank_adam(
             _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
         ):
             row: dict[str, Any] = dict.fromkeys(FIELDS, optax.MaskedNode())
-            if _mirror.is_real(p) and is_factored(path, p.shape):
+            if is_factored(path, p):
                 for field in ("mu", "nu"):
                     row[f"{field}_left"], row[f"{field}_right"] = first_factors(
                         path, field, p
@@ -278,6 +279,15 @@ def scale_by_lowrank_adam(
             return u, row
 
         columns = [_mirror.entries(getattr(state, field), updates) for field in FIELDS]
+        like = _init.as_arrays(_factors.beside(params, updates))
+        ranks = [
+            _factors.rank_of(p.shape, rank) if is_factored(path, p) else None
+            for path, p in zip(
+                _mirror.leaf_paths(like), jax.tree.leaves(like), strict=True
+            )
+        ]
+        of_factors = columns[-len(FACTORS) :]
+        _factors.check_ranks("scale_by_lowrank_adam", like, ranks, of_factors)
         stepped = [
             step(path, g, dict(zip(FIELDS, row, strict=True)))
             for path, g, *row in zip(

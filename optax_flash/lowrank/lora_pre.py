@@ -147,6 +147,7 @@ def scale_by_lora_pre(
             state.mu_left, updates, "scale_by_lora_pre: the gradients"
         )
         columns = [_mirror.entries(field, updates) for field in state[3:]]
+        check_ranks("scale_by_lora_pre", updates, params, columns, rank, where)
         grads, treedef = jax.tree.flatten(updates)
         factored = [hasattr(left, "shape") for left in columns[0]]
         scalars = {
@@ -225,6 +226,21 @@ def factored_leaves(params: PyTree, rank: Rank, where: Where) -> list[bool]:
             _mirror.leaf_paths(params), jax.tree.leaves(params), strict=True
         )
     ]
+
+
+def check_ranks(
+    what: str,
+    updates: PyTree,
+    params: PyTree,
+    columns: list[list[Any]],
+    rank: Rank,
+    where: Where,
+) -> None:
+    """Raises a ValueError where the state's factors are not of this rank."""
+    like = _init.as_arrays(_factors.beside(params, updates))
+    rows = zip(jax.tree.leaves(like), factored_leaves(like, rank, where), strict=True)
+    ranks = [_factors.rank_of(p.shape, rank) if yes else None for p, yes in rows]
+    _factors.check_ranks(what, like, ranks, columns)
 
 
 def without(tree: PyTree, factored: list[bool]) -> PyTree:

@@ -133,6 +133,9 @@ def scale_by_lora_pre_muon(
             state.mu_left, updates, "scale_by_lora_pre_muon: the gradients"
         )
         mus, lefts, rights = (_mirror.entries(field, updates) for field in state)
+        lora_pre.check_ranks(
+            "scale_by_lora_pre_muon", updates, params, [lefts, rights], rank, where
+        )
         grads, treedef = jax.tree.flatten(updates)
         results = []
         for i, g in enumerate(grads):

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from optax_flash.lowrank import _factors
+
 S = TypeVar("S")
 
 VERSION = 3
@@ -40,6 +42,11 @@ class Stored:
     def name(self) -> str:
         """The param's path and the field, such as ``"decoder/kernel/mu"``."""
         return f"{self.path}/{self.field}"
+
+    def describe(self) -> str:
+        """The codec; of a factor also its shape, which tells the rank."""
+        is_factor = _factors.side_of(self.field) is not None
+        return f"{self.codec!r}" + (f" of {list(self.shape)}" if is_factor else "")
 
 
 @jax.tree_util.register_static
@@ -86,7 +93,7 @@ class StateCodecs:
 
     def describe(self) -> dict[str, Any]:
         """Version and codecs as plain data."""
-        leaves = {leaf.name: repr(leaf.codec) for leaf in self.leaves}
+        leaves = {leaf.name: leaf.describe() for leaf in self.leaves}
         return {"version": self.version, "leaves": leaves}
 
 
@@ -149,7 +156,7 @@ def compare(saved: dict[str, Any], expected: dict[str, Any]) -> None:
         if there != here:
             raise ValueError(
                 f"The checkpoint stores {name!r} as {there}, this transformation as "
-                f"{here}. Make the transformation with the checkpoint's codecs, bits "
-                "and min_size; or restore with the transformation that saved it, and "
-                "convert with optax_flash.to_optax_state and from_optax_state."
+                f"{here}. Make the transformation with the checkpoint's codecs, bits, "
+                "rank and min_size; or restore with the transformation that saved it, "
+                "and convert with optax_flash.to_optax_state and from_optax_state."
             )
