@@ -146,6 +146,7 @@ def check_mirrors(tree: PyTree, params: PyTree, what: str) -> None:
     """
     if _entries(tree, params) is not None:
         return
+    check_containers(params, what)
     found, expected = (leaf_paths(x, is_leaf=_is_masked) for x in (params, tree))
 
     def among(path: str, prefixes: list[str]) -> bool:
@@ -280,7 +281,11 @@ def narrow(state: PyTree, updates: PyTree) -> tuple[PyTree, Callable[[PyTree], P
 
 
 def check_arrays(params: PyTree, what: str) -> None:
-    """Raises a ValueError that names the first leaf which is no array or number."""
+    """Raises a ValueError that names the first leaf which is no array or number.
+
+    Or the first container that does not hold what has no leaves, see below.
+    """
+    check_containers(params, what)
     for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
         if not _is_array(leaf) and not isinstance(leaf, numbers.Number):
             raise ValueError(
@@ -288,6 +293,49 @@ def check_arrays(params: PyTree, what: str) -> None:
                 "init the arrays alone, as equinox.filter(model, equinox.is_array) or "
                 "optax.masked do; update takes the whole params."
             )
+
+
+def check_containers(params: PyTree, what: str) -> None:
+    """Raises a ValueError that names the first container without room for nothing.
+
+    A state has MaskedNode in the place of a leaf that it does not concern. Haiku's
+    immutable dicts flatten what they are given, and it is gone.
+    """
+    found = _without_room(params)
+    if not found:
+        return
+    path, node = found[0]
+    name = repr(path) if path else "the tree"
+    raise ValueError(
+        f"{what}: {name} is a {class_name(type(node))}, which does not keep the places "
+        "of leaves that a state leaves out. Pass plain dicts, as "
+        "hk.data_structures.to_mutable_dict makes of Haiku's."
+    )
+
+
+def _without_room(tree: PyTree) -> list[tuple[str, Any]]:
+    """The paths and nodes of the innermost such containers."""
+    if _has_room(tree):
+        return []
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is not tree
+    )
+    below = [
+        ("/".join(filter(None, (_name(path), rest))), found)
+        for path, node in nodes
+        for rest, found in _without_room(node)
+    ]
+    return below or [("", tree)]
+
+
+def _has_room(tree: PyTree) -> bool:
+    leaves, structure = jax.tree.flatten(tree)
+    try:
+        empty = structure.unflatten([MaskedNode()] * len(leaves))
+    except Exception:
+        # A class that checks what it is given says so itself, if it is given this.
+        return True
+    return len(_with_absent(empty)[0]) == len(_with_absent(tree)[0])
 
 
 def arrays_of(params: PyTree) -> PyTree:
@@ -311,6 +359,7 @@ def is_real(x: Any) -> bool:
 
 def check_floating(params: PyTree, what: str) -> None:
     """Raises a ValueError that names the first leaf which is not real floating."""
+    check_containers(params, what)
     for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):

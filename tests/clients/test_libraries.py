@@ -238,6 +238,35 @@ def test_equinox_finished():
     assert eqx.combine(ours, static).weight.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        optax_flash.adamw8,
+        optax_flash.adamw4,
+        functools.partial(optax_flash.lora_pre_adamw, rank=8),
+        functools.partial(optax_flash.lora_pre_muon, rank=8),
+        functools.partial(optax_flash.lowrank_adamw, rank=8),
+        functools.partial(optax_flash.tamed_adamw8, threshold=1.0),
+        lambda rate: optax_flash.master_weights(optax.adamw(rate)),
+    ],
+)
+def test_haikus_immutable_dicts(make):
+    """They drop MaskedNodes. Made mutable, they have the numbers of plain dicts."""
+    plain = problem.weights()
+    immutable = hk.data_structures.to_immutable_dict(plain)
+    tx = make(1e-3)
+    message = "the tree is a haiku.FlatMap.*plain dicts.*to_mutable_dict"
+    with pytest.raises(ValueError, match=message):
+        tx.init(immutable)
+    with pytest.raises(ValueError, match="'model' is a haiku.FlatMap.*to_mutable_dict"):
+        tx.init({"model": immutable, "head": plain["up"]})
+    with pytest.raises(ValueError, match=message):
+        tx.update(immutable, tx.init(plain), immutable)
+
+    mutable = hk.data_structures.to_mutable_dict(immutable)
+    problem.check_equal(tx.init(mutable), tx.init(plain))
+
+
 @pytest.mark.full
 def test_haiku(tmp_path):
     """Transformed functions, params by "~" paths, in a donated step."""
