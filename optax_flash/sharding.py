@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_flash import meshes
+from optax_flash.lowrank import _factors
 from optax_flash.transforms import (
     _arguments,
     _boxes,
@@ -211,7 +212,8 @@ def _warn_of_cut_groups(
         if entry.path not in by_path or not entry.shape:
             continue
         shape, sharding = by_path[entry.path]
-        *_, axes = _shardings.along(entry.field, sharding.spec, shape, entry.shape)
+        side = _factors.side_of(entry.field) if entry.factor else None
+        *_, axes = _shardings.along(side, sharding.spec, shape, entry.shape)
         shards = meshes.shards(sharding.mesh, axes)
         group = entry.codec.group
         if shards > 1 and entry.shape[-1] % (shards * group):

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import optax_flash
 from optax_flash import compress, master_weights, meshes
 from optax_flash.codecs import hashing
+from optax_flash.lowrank import _factors
 from optax_flash.transforms import _shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -442,5 +444,66 @@ class TestSharding:
 )
 def test_specs(spec, shape, state_shape, field, expected):
     mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tp"))
-    entries = _shardings.along(field, spec, shape, state_shape)
+    entries = _shardings.along(_factors.side_of(field), spec, shape, state_shape)
     assert meshes.fitted(mesh, entries, state_shape) == expected
+
+
+class SideState(NamedTuple):
+    """Fields that are named as factors are, and have their params' shapes."""
+
+    mu: Any
+    trust_left: Any
+
+
+def scale_with_sides():
+    def init(params):
+        return SideState(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+
+    return optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 256)], ids=str)
+@pytest.mark.parametrize("codec", [None, "companded8", "companded4"])
+def test_a_field_with_a_factors_name_and_its_params_shape(codec, shape):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("fsdp", "tp"))
+    params = {"w": jax.device_put(jnp.ones(shape), sharding)}
+    tx = scale_with_sides()
+    if codec:
+        tx = compress(tx, dict.fromkeys(SideState._fields, codec))
+    state, abstract = tx.init(params), optax_flash.state_sharding(tx, params)
+    inner = state.inner_state if codec else state
+    stock = scale_with_sides().init(params)
+    for x, expected in zip(inner, stock, strict=True):
+        assert x["w"].sharding.is_equivalent_to(expected["w"].sharding, 2)
+    rows = zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)
+    assert all(x.sharding.is_equivalent_to(s, x.ndim) for x, s in rows)
+    if codec:
+        for scales in state.scales.values():
+            assert scales["w"].sharding.is_equivalent_to(sharding, 2)
+        leaves = optax_flash.state_format(tx, params)["leaves"]
+        assert leaves["w/trust_left"] == leaves["w/mu"]
+
+    boxed = {"w": nn.Partitioned(jnp.ones(shape), ("fsdp", "tp"))}
+    with jax.set_mesh(mesh):
+        names = nn.get_partition_spec(tx.init(boxed))
+    specs = jax.tree.map(lambda s: s.spec, abstract)
+    for found, spec in zip(jax.tree.leaves(names), jax.tree.leaves(specs), strict=True):
+        assert found == spec
+
+
+def test_a_factor_of_ours_with_its_params_shape():
+    """At full rank the right factor of (128, 256) is (128, 256)."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)
+    params = {"w": jnp.ones((128, 256))}
+    sharding = NamedSharding(mesh, P("fsdp", "tp"))
+    for tx in (
+        optax_flash.scale_by_lowrank_adam(rank=128),
+        optax_flash.lowrank_adamw(1e-3, rank=128),
+    ):
+        state = jax.eval_shape(tx.init, params)
+        abstract = optax_flash.state_sharding(tx, params, sharding)
+        assert optax.tree.get(state, "mu_right")["w"].shape == (128, 256)
+        for field, axis in {"mu_left": "fsdp", "mu_right": "tp"}.items():
+            assert optax.tree.get(abstract, field)["w"].spec == P(None, axis)
+    assert abstract.scales["mu_right_scales"]["w"].spec == P(None, "tp")

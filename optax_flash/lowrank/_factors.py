@@ -20,6 +20,15 @@ PyTree = Any
 Rank = int | float
 Where = Callable[[str], bool] | None
 
+STATES = frozenset(
+    {
+        "optax_flash.ScaleByLoraPreState",
+        "optax_flash.ScaleByLoraPreMuonState",
+        "optax_flash.ScaleByLowrankAdamState",
+    }
+)
+"""Classes in which a field that is named after a side has factors of whatever shape."""
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -103,6 +112,22 @@ def side_of(field: str) -> str | None:
     """
     found = re.search(r"_(left|right)(_\d+)?(_scales)?$", field)
     return found and found[1]
+
+
+def is_factor(field: str, owner: type, shape: Any, of_param: Any) -> bool:
+    """Whether an array of a state is a factor of its param's moment.
+
+    By its field's name. Other states may have such names for arrays like the params; in
+    ours a factor may have its param's shape.
+
+    Args:
+      field: see :func:`side_of`.
+      owner: the class of the state.
+      shape: of the array.
+      of_param: the shape of the param.
+    """
+    ours = _mirror.class_name(owner) in STATES
+    return side_of(field) is not None and (ours or tuple(shape) != tuple(of_param))
 
 
 def product(

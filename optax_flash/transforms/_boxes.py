@@ -132,24 +132,26 @@ def as_stock(state: PyTree, params: PyTree) -> PyTree:
       params: in their boxes; without any, the state is returned as it is.
     """
     return _in_boxes(
-        state, params, lambda _, box, x: _with_held(box, x) if is_box(box) else x
+        state, params, lambda _, __, box, x: _with_held(box, x) if is_box(box) else x
     )
 
 
 def _in_boxes(
-    state: PyTree, params: PyTree, put: Callable[[str, Any, Any], Any]
+    state: PyTree, params: PyTree, put: Callable[[str, str | None, Any, Any], Any]
 ) -> PyTree:
-    """A state in boxes: ``put`` takes a field's name, a boxed param and an array."""
+    """A state in boxes: ``put`` takes a field, a side, a boxed param and an array."""
     if not has_boxes(params):
         return state
     nodes = jax.tree.leaves(params, is_leaf=is_box)
     # Of a param that is masked the box holds nothing.
     boxes = [x for x in nodes if jax.tree.leaves(x)]
-    parts, join = _mirror.split_state(state, unboxed(params))
+    plain = unboxed(params)
+    parts, join = _mirror.split_state(state, plain)
+    sides = _shardings.sides_of(state, plain)
 
     def in_boxes(part: _mirror.Mirror) -> PyTree:
-        rows = zip(boxes, part.entries, strict=True)
-        return part.rebuild([put(part.name, box, x) for box, x in rows])
+        rows = zip(sides(part), boxes, part.entries, strict=True)
+        return part.rebuild([put(part.name, *row) for row in rows])
 
     return join([in_boxes(x) if isinstance(x, _mirror.Mirror) else x for x in parts])
 
@@ -166,24 +168,24 @@ def _with_held(box: Any, x: Any) -> Any:
     return jax.tree.structure(box).unflatten([x])
 
 
-def _fitted(field: str, box: Any, x: Any) -> Any:
+def _fitted(field: str, side: str | None, box: Any, x: Any) -> Any:
     """An array of a state in the box of its param."""
     if not is_box(box) or _mirror.is_absent(x):
         return x
     shape = _held(box).shape
     if _mirror.class_name(type(box)) == "haliax.NamedArray":
-        return _with_axes(field, box, shape, x)
+        return _with_axes(field, side, box, shape, x)
     if hasattr(box, "get_metadata"):
-        return _variable(field, box, shape, x)
+        return _variable(side, box, shape, x)
     names = getattr(box, "names", None)
     boxed = _with_held(box, x)
     if not isinstance(names, tuple):
         return boxed
-    kept = _kept(field, names, shape, x.shape, _mesh_of(box))
+    kept = _kept(side, names, shape, x.shape, _mesh_of(box))
     return dataclasses.replace(boxed, names=kept)
 
 
-def _variable(field: str, variable: Any, shape: tuple[int, ...], x: Any) -> Any:
+def _variable(side: str | None, variable: Any, shape: tuple[int, ...], x: Any) -> Any:
     """An array in a variable of nnx, whose optimizers read ``optimizer_sharding``."""
     metadata = variable.get_metadata()
     names = metadata.get("out_sharding")
@@ -191,19 +193,21 @@ def _variable(field: str, variable: Any, shape: tuple[int, ...], x: Any) -> Any:
     is_names = isinstance(names, tuple | jax.sharding.PartitionSpec)
     if not is_names or "optimizer_sharding" in metadata:
         return boxed
-    kept = _kept(field, names, shape, x.shape, _mesh_of(variable))
+    kept = _kept(side, names, shape, x.shape, _mesh_of(variable))
     return boxed.replace(x, optimizer_sharding=kept)
 
 
-def _with_axes(field: str, array: Any, shape: tuple[int, ...], x: Any) -> Any:
+def _with_axes(
+    field: str, side: str | None, array: Any, shape: tuple[int, ...], x: Any
+) -> Any:
     """An array in a named one; axes that are not the param's have names of their own.
 
     Haliax has a name for each axis, so one that does not divide is named after the
     field and the axis that it lies along, which no rule of sharding knows.
     """
     names = [axis.name for axis in array.axes]
-    kept = _kept(field, names, shape, x.shape, None)
-    along = _shardings.along(field, names, shape, x.shape)
+    kept = _kept(side, names, shape, x.shape, None)
+    along = _shardings.along(side, names, shape, x.shape)
     axes = [
         dataclasses.replace(
             array.axes[0],
@@ -216,7 +220,7 @@ def _with_axes(field: str, array: Any, shape: tuple[int, ...], x: Any) -> Any:
 
 
 def _kept(
-    field: str,
+    side: str | None,
     names: Any,
     shape: tuple[int, ...],
     state_shape: tuple[int, ...],
@@ -225,14 +229,14 @@ def _kept(
     """The names of a state's array: of its axes along the param's, where they divide.
 
     Args:
-      field: the state's.
+      side: of a factor, see :func:`_shardings.sides_of`.
       names: of the param's axes: axes of the mesh, or logical ones.
       shape: the param's.
       state_shape: the array's.
       mesh: None where it is not known.
     """
     names = [*names, *[None] * (len(shape) - len(names))]
-    axes = _shardings.along(field, range(len(shape)), shape, state_shape)
+    axes = _shardings.along(side, range(len(shape)), shape, state_shape)
 
     def kept(size: int, axis: int | None) -> Any:
         if axis is None:

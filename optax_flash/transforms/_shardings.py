@@ -1,10 +1,11 @@
 """How the arrays of an optimizer state are sharded: like their params, where they fit.
 
-The one place that decides it, from shapes and field names alone.
+The one place that decides it, from shapes, field names and what codes stand for.
 """
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_flash import meshes
 from optax_flash.lowrank import _factors
 from optax_flash.transforms import _mirror
+from optax_flash.transforms._stored import StateCodecs
 
 PyTree = Any
 
@@ -44,15 +46,20 @@ def of_tree(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     parts, join = _mirror.split_state(tree, params)
+    sides = sides_of(tree, params)
 
     def fitted(part: _mirror.Mirror) -> PyTree:
-        rows = zip(jax.tree.leaves(params), param_shardings, part.entries, strict=True)
+        rows = zip(
+            jax.tree.leaves(params),
+            param_shardings,
+            part.entries,
+            sides(part),
+            strict=True,
+        )
         return part.rebuild(
             [
-                _fitted(sharding, part.name, p.shape, x.shape)
-                if hasattr(x, "shape")
-                else x
-                for p, sharding, x in rows
+                _fitted(sharding, side, p.shape, x.shape) if hasattr(x, "shape") else x
+                for p, sharding, x, side in rows
             ]
         )
 
@@ -61,28 +68,78 @@ def of_tree(
     )
 
 
-def along(field: str, spec: Any, shape: tuple[int, ...], state_shape: Any) -> list[Any]:
+def sides_of(
+    tree: PyTree, params: PyTree
+) -> Callable[[_mirror.Mirror], list[str | None]]:
+    """Of each part of a tree, for each param, on which side of a product it stands.
+
+    That is ``"left"`` or ``"right"`` for factors and their codes and scales; None for
+    all else.
+
+    Args:
+      tree: see :func:`of_tree`.
+      params: shapes are enough.
+    """
+
+    def is_codecs(node: Any) -> bool:
+        return isinstance(node, StateCodecs)
+
+    nodes = jax.tree.leaves(tree, is_leaf=is_codecs)
+    # Codes and scales do not have the shape of what they stand for.
+    known = {
+        (entry.path, _kind(entry.field)): entry.factor
+        for node in filter(is_codecs, nodes)
+        for entry in node.leaves
+    }
+    paths, leaves = _mirror.leaf_paths(params), jax.tree.leaves(params)
+
+    def sides(part: _mirror.Mirror) -> list[str | None]:
+        side, kind = _factors.side_of(part.name), _kind(part.name)
+        rows = zip(paths, leaves, part.entries, strict=True)
+        return [
+            side
+            if side
+            and hasattr(x, "shape")
+            and known.get(
+                (path, kind),
+                _factors.is_factor(part.name, part.owner, x.shape, p.shape),
+            )
+            else None
+            for path, p, x in rows
+        ]
+
+    return sides
+
+
+def _kind(field: str) -> str:
+    """A field's name as the state has it."""
+    return re.sub(r"(_\d+)?(_scales)?$", "", field)
+
+
+def along(
+    side: str | None, spec: Any, shape: tuple[int, ...], state_shape: Any
+) -> list[Any]:
     """What of a param's spec each axis of a state leaf has, whether it divides or not.
 
     Args:
-      field: the state's, such as ``"mu"``.
+      side: of a factor, see :func:`sides_of`.
       spec: the param's, or the names of its axes.
       shape: the param's.
       state_shape: the leaf's.
     """
     entries = [*spec, *[None] * (len(shape) - len(spec))]
-    axes = _axes(field, shape, tuple(state_shape))
+    axes = _axes(side, shape, tuple(state_shape))
     return [None if axis is None else entries[axis] for axis in axes]
 
 
 def _fitted(
     sharding: NamedSharding,
-    field: str,
+    side: str | None,
     shape: tuple[int, ...],
     state_shape: tuple[int, ...],
 ) -> NamedSharding:
     """A param's sharding for a state leaf; axes that do not divide are replicated."""
-    spec = along(field, sharding.spec, shape, state_shape)
+    spec = along(side, sharding.spec, shape, state_shape)
     return NamedSharding(
         sharding.mesh,
         meshes.fitted(sharding.mesh, spec, state_shape),
@@ -91,11 +148,10 @@ def _fitted(
 
 
 def _axes(
-    field: str, shape: tuple[int, ...], state_shape: tuple[int, ...]
+    side: str | None, shape: tuple[int, ...], state_shape: tuple[int, ...]
 ) -> Sequence[int | None]:
     """The axis of the param along which each axis of a state leaf lies, or None."""
     n, more = len(shape), len(state_shape) - len(shape)
-    side = _factors.side_of(field)
     if side and n > 1 and not more:
         # (*batch, rank, p) or (*batch, rank, q) of (*batch, p, q), and their scales.
         return [*range(n - 2), None, n - 2 if side == "left" else n - 1]

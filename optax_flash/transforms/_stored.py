@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from optax_flash.lowrank import _factors
-
 S = TypeVar("S")
 
 VERSION = 3
@@ -29,6 +27,7 @@ class Stored:
         residual.
       at: the codes' place among the leaves of the tree that holds them, which is
         ``inner_state`` or ``residual``.
+      factor: whether the array is a low-rank factor.
     """
 
     path: str
@@ -37,6 +36,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
     at: int
+    factor: bool = False
 
     @property
     def name(self) -> str:
@@ -45,8 +45,7 @@ class Stored:
 
     def describe(self) -> str:
         """The codec; of a factor also its shape, which tells the rank."""
-        is_factor = _factors.side_of(self.field) is not None
-        return f"{self.codec!r}" + (f" of {list(self.shape)}" if is_factor else "")
+        return f"{self.codec!r}" + (f" of {list(self.shape)}" if self.factor else "")
 
 
 @jax.tree_util.register_static

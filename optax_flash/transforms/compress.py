@@ -13,6 +13,7 @@ from optax_flash.codecs import hashing
 from optax_flash.codecs.base import Codec
 from optax_flash.fusion import error_feedback as feedbacks
 from optax_flash.fusion import fuse, ops, rounding
+from optax_flash.lowrank import _factors
 from optax_flash.transforms import (
     _arguments,
     _boxes,
@@ -287,8 +288,10 @@ def _new_state(rules: Rules, inner_state: PyTree, params: PyTree) -> CompressSta
                 continue
             entries[i], of_field[i] = _encode_to_nearest(codec, x)
             at = numbers[field.part].entries[i].at
+            owner = columns.parts[field.part].owner
+            factor = _factors.is_factor(field.kind, owner, x.shape, shape)
             stored[field.key].append(
-                Stored(path, field.name, codec, x.shape, np.dtype(x.dtype), at)
+                Stored(path, field.name, codec, x.shape, np.dtype(x.dtype), at, factor)
             )
         scales[field.key] = structure.unflatten(of_field)
     return CompressState(
