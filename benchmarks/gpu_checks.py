@@ -228,12 +228,11 @@ def compare_codes(got: PyTree, want: PyTree, codec: Any) -> dict[str, float]:
 
 def places(codec: Any, field: str, codes: jax.Array) -> np.ndarray:
     """Codes as integers in the order of what they stand for."""
-    codes = np.asarray(codec.unpack(jnp.asarray(codes)))
+    codes = np.asarray(codec.unpack(jnp.asarray(codes))).astype(np.int16)
     if field == "nu":
         return codes
-    if codec.bits == 8:
-        return codes.view(np.int8)
-    return np.where(codes > 7, -(codes & 7).astype(np.int8), codes.astype(np.int8))
+    sign = 1 << (codec.bits - 1)
+    return np.where(codes & sign, -(codes & (sign - 1)), codes)
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> np.ndarray:
