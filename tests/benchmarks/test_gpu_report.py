@@ -6,7 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+import optax_flash
+from benchmarks import gpu_checks
 
 pytestmark = pytest.mark.full
 
@@ -137,3 +141,15 @@ def test_refuses_to_make_up_results(python, args):
     before = set(RESULTS.iterdir())
     assert python("-m", "benchmarks.gpu_report", *args).returncode == 2
     assert set(RESULTS.iterdir()) == before
+
+
+@pytest.mark.parametrize("codec", [optax_flash.Companded8(), optax_flash.Companded4()])
+def test_places_are_in_the_order_of_what_codes_stand_for(codec):
+    codes = np.arange(2**codec.bits, dtype=np.uint8)
+    values = codec.decode_groups(codes[:, None], (np.ones(codes.shape, np.float32),))
+    values = np.asarray(values)[:, 0]
+    packed = codec.pack(codes[None])
+    place = np.ravel(gpu_checks.places(codec, "mu", packed))
+    order = np.argsort(place, kind="stable")
+    assert np.all(np.diff(values[order])[np.diff(place[order]) > 0] > 0)
+    assert place.max() - place.min() == 2 * (2 ** (codec.bits - 1) - 1)
