@@ -53,7 +53,8 @@ OPTIMIZERS = {
     "adabelief": Optimizer(functools.partial(optax.adabelief, 0.01), {"mu", "nu"}),
     "radam": Optimizer(functools.partial(optax.radam, 0.01), {"mu", "nu"}),
     # Its moments begin at 1e-6, which is not exact in codes.
-    "yogi": Optimizer(functools.partial(optax.yogi, 0.01), {"mu", "nu"}, rtol=1e-3),
+    # Begins with a second moment, stored to a 64th of it: half of that in its root.
+    "yogi": Optimizer(functools.partial(optax.yogi, 0.01), {"mu", "nu"}, rtol=1 / 128),
     "adan": Optimizer(functools.partial(optax.adan, 0.01), {"m", "v", "n", "g"}),
     # A momentum near zero may change its sign, and then the update does, whole.
     "lion": Optimizer(functools.partial(optax.lion, 0.003), {"mu"}, distance=0.05),
