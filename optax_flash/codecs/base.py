@@ -1,8 +1,8 @@
 """Codecs: how an array is stored in codes of 8 or 4 bits and a scale for each group.
 
 ``encode`` turns a float array into ``(codes, scales)`` and ``decode`` turns them back.
-Both are pure, elementwise but for the group's scale, and work along the last axis, so
-codes keep the rows of the array and scales its rank.
+Both are pure, elementwise except for the group's scale, and work along the last axis,
+so codes keep the rows of the array and scales its rank.
 """
 
 import abc

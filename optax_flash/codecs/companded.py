@@ -95,9 +95,8 @@ class Companded8(Codec):
     ) -> jax.Array:
         curve, reach = self._curve
         codes = codes.astype(jnp.int32)
-        s = (scales[0].astype(jnp.float32) * arithmetic.below(1 / float(reach)))[
-            ..., None
-        ]
+        shrink = arithmetic.below(1 / float(reach))
+        s = (scales[0].astype(jnp.float32) * shrink)[..., None]
         if not self.signed:
             return curve.values(codes) * s
         x = (curve.values(codes & np.int32(127)) - curve.bottom) * s

@@ -28,7 +28,7 @@ class Curve(abc.ABC):
       Array([0.    , 0.0625, 0.25  , 0.5625, 1.    ], dtype=float32)
 
     Attributes:
-      lattice: whether a value by a power of two is a value again, but for the range.
+      lattice: whether a value times a power of two is a value again, within range.
     """
 
     lattice: ClassVar[bool] = False

@@ -371,7 +371,7 @@ _FP32_NAN = np.int32(255 << 23 | 1 << 22)
 
 def _sign_bit(missing: int) -> np.int32:
     """Where a count's sign is: above the 15 bits of a param and those it lacks."""
-    return np.int32(np.uint32(1 << (15 + missing)).astype(np.int32))
+    return np.uint32(1 << (15 + missing)).astype(np.int32)
 
 
 def _to_count(weight: jax.Array, dtype: DTypeLike) -> jax.Array:

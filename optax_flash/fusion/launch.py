@@ -37,8 +37,8 @@ class Config(NamedTuple):
         With 16 elements a thread, codes are read 16 bytes at once, the most there is,
         and what a group needs is computed by two threads. Two moments and a weight then
         take 96 registers, and leave room for 20 of an SM's 64 warps; with 8 elements
-        57, and 32 warps. One moment takes 71. Codes of 4 bits are not cut further: 8
-        elements are 4 bytes.
+        64, and 32 warps. One moment takes 72 (``make kernel-cost``). Codes of 4 bits
+        are not cut further: 8 elements are 4 bytes.
         """
         codes = [x.codec for x in program.outputs if x.codec and x.kind == "codes"]
         narrow = len(codes) > 1 and all(codec.bits == 8 for codec in codes)

@@ -99,7 +99,7 @@ def scale_by_lowrank_adam(
     - ``"randomized"``: at each step by a randomised singular value decomposition;
     - ``"periodic"``: by the same every ``refresh_every`` steps, and kept in between;
     - ``"online"``: at each step by one power iteration from the last one. No random
-      numbers but for the very first, which ``seed`` does not change.
+      numbers except the first basis, which ``seed`` does not change.
 
     Args:
       b1: decay rate of the first moment.

@@ -244,7 +244,7 @@ def check_ranks(
 
 
 def without(tree: PyTree, factored: list[bool]) -> PyTree:
-    """The tree in float32, with nothing in the place of factored leaves."""
+    """The tree in float32, without its factored leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(
         [
